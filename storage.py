@@ -1,0 +1,219 @@
+"""Files that are whole or absent, and the one error a user is shown."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+class UserError(Exception):
+    """Something the user can mend: one line with what is wrong, where, and what to do."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under ``path`` only when it is complete.
+
+    The bytes go to a hidden neighbour, are flushed to the disk, and take the
+    name in one step, so a reader finds the old file or the new one and never
+    half of either. On any failure the neighbour is removed.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission, a quota).
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was finished before is kept; "
+            "make room or choose another --results folder, then run the same command again"
+        ) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the failure that led here is the one to report
+        path.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN: callers turn it into null), indented, ending in a newline."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with whole_file(path) as stream:
+        stream.write(text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; delete it and run again")
+    return content
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows with the first row's keys as header; no rows leave an empty file."""
+    rows = list(rows)
+    text = io.StringIO(newline="")
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with whole_file(path) as stream:
+        stream.write(text.getvalue().encode())
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an uncompressed ``.npz`` that opens with ``numpy.load`` without pickle."""
+    with whole_file(path) as stream:
+        np.savez(stream, **arrays)
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 of the canonical JSON of ``content``: equal content, equal fingerprint."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """Holds a results folder for one process; the system lets go of it when the process dies.
+
+    Raises:
+        UserError: on entering, when another living process holds it, or the
+            folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream = open(self.path, "a+")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path.parent}: {error.strerror or error}; choose another --results folder"
+            ) from error
+        try:
+            _lock(self.stream.fileno())
+        except OSError as error:
+            self.stream.seek(0)
+            holder = self.stream.read().strip() or "unknown"
+            self.stream.close()
+            raise UserError(
+                f"{self.path.parent} is in use by another run ({holder}); wait for it or choose another --results folder"
+            ) from error
+        self.stream.truncate(0)
+        self.stream.write(f"process {os.getpid()} on {platform.node()}")
+        self.stream.flush()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # the file stays: removing it would let two others lock two files of the same name
+        self.stream.truncate(0)
+        self.stream.close()
+
+
+def _lock(descriptor: int) -> None:
+    """Take an exclusive lock that ends with the process, or raise OSError at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---------------------------------------------------------------- saved maps
+
+#: The arrays of a map file and their types; all are (H, W).
+MAP_ARRAYS = {
+    "mean_prediction": np.float32,
+    "pred_variance": np.float32,
+    "saliency_variance": np.float32,
+    "expected_entropy": np.float32,
+    "fused_score": np.float32,
+    "true_mask": np.uint8,
+}
+
+
+def write_maps(path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str) -> None:
+    """Save the maps of one image.
+
+    Args:
+        path: ``<id>.npz``.
+        maps: arrays (H, W) named as in ``MAP_ARRAYS``; "fused_score" may come later.
+        empty_cams: how many Grad-CAM heatmaps were zero everywhere.
+        identity: fingerprint of what made the maps.
+    """
+    write_npz(path, {**maps, "empty_cams": np.int64(empty_cams), "identity": np.array(identity)})
+
+
+def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
+    """Read and check the maps of one image: the arrays, "empty_cams" and "identity".
+
+    Raises:
+        UserError: the file is missing or broken, lacks an array of ``need``,
+            or holds NaN or a shape or type that does not belong there.
+    """
+    remedy = "delete it and run main.py again"
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            maps = {name: content[name] for name in content.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+    except Exception as error:  # zipfile and numpy raise many kinds on broken bytes
+        raise UserError(f"{path} is not a map file of this program ({type(error).__name__}); {remedy}") from error
+    for name in (*need, "empty_cams", "identity"):
+        if name not in maps:
+            raise UserError(f"{path} lacks {name}; {remedy}")
+    shape = maps["mean_prediction"].shape if "mean_prediction" in maps else ()
+    for name, kind in MAP_ARRAYS.items():
+        if name in maps:
+            values = maps[name]
+            if values.dtype != kind or values.ndim != 2 or values.shape != shape or values.size == 0:
+                raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
+            if not np.isfinite(values).all():
+                raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
+    maps["empty_cams"], maps["identity"] = int(maps["empty_cams"]), str(maps["identity"])
+    return maps

@@ -1,0 +1,66 @@
+"""What the tests share: a small dataset on disk and a way to run the commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset import ISIC_IMAGES, ISIC_MASKS  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
+    """``count`` tiny discs on noise in the ISIC layout; ids ISIC_0000000 and on."""
+    images, masks = root / ISIC_IMAGES, root / ISIC_MASKS
+    images.mkdir(parents=True)
+    masks.mkdir()
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[1], : size[0]]
+    for index in range(count):
+        cy, cx, r = rng.uniform(0.3, 0.7) * size[1], rng.uniform(0.3, 0.7) * size[0], rng.uniform(6, 14)
+        mask = (y - cy) ** 2 + (x - cx) ** 2 < r * r
+        image = np.where(mask[..., None], [90, 60, 50], [220, 180, 170]) + rng.normal(0, 12, (*mask.shape, 3))
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(images / f"ISIC_{index:07d}.jpg", quality=95)
+        Image.fromarray((mask * 255).astype(np.uint8)).save(masks / f"ISIC_{index:07d}_segmentation.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 tiny pairs; tests do not change them."""
+    return write_pairs(tmp_path_factory.mktemp("tiny"), 24)
+
+
+def command(*arguments: object, cwd: Path, script: str = "main.py") -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user would, in ``cwd``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    environment.pop("DISPLAY", None)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
+    )
+
+
+#: Flags of a run of seconds on the tiny pairs.
+TINY_FLAGS = ("--quick", "--image-size", 32, "--width", 4, "--epochs", 2, "--passes", 3, "--batch-size", 4, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results folder of a finished run on the tiny pairs; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = command("--data", tiny, "--results", folder / "run", "--cache", folder / "cache", *TINY_FLAGS, cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr
+    (folder / "stdout.txt").write_text(outcome.stdout)
+    return folder / "run"
