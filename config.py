@@ -1,0 +1,203 @@
+"""The configuration: one frozen dataclass, from which the command line is generated."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import UPSAMPLINGS
+from storage import UserError
+
+
+def _option(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag: ``limits`` may hold low, high, choices, above, below."""
+    return field(default=default, metadata={"help": text, "group": group, "type": kind, **limits})
+
+
+def _flag(text: str, group: str) -> Any:
+    return _option(False, text, group, bool)
+
+
+# The fields that neither change a number nor describe the experiment.
+NEUTRAL_FIELDS = ("results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every constant of the experiment; the defaults are the paper's.
+
+    Raises:
+        UserError: a value is outside its range; the line names the flag.
+    """
+
+    # fmt: off
+    data: str | None = _option(None, "folder in the ISIC 2018 Task 1 layout [data/ISIC2018, or synthetic lesions where that is absent]", "data")
+    images: str | None = _option(None, "folder of images with any names; needs --masks", "data")
+    masks: str | None = _option(None, "folder of masks with the stems of --images, or with _segmentation, _lesion or _mask added", "data")
+    download: bool = _flag("fetch the two official ISIC 2018 Task 1 archives into data/ISIC2018 first", "data")
+    limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
+    cache: str | None = _option(None, "folder for the decoded-image cache [data/cache]", "data")
+    image_size: int = _option(256, "pixels a side after resizing; a multiple of 16", "data", int, low=32, high=4096)
+    test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)
+    validation_fraction: float = _option(0.125, "share of the rest that is the validation set", "data", float, above=0, below=1)
+    split_seed: int = _option(42, "seed of the split", "data", int, low=0, high=2**32 - 1)
+    synthetic_images: int = _option(320, "how many synthetic lesions, where those are used", "data", int, low=8, high=100_000)
+
+    width: int = _option(64, "channels of the first encoder block; the others have 2, 4 and 8 times as many", "model", int, low=2, high=1024)
+    dropout: float = _option(0.2, "dropout probability", "model", float, above=0, below=1)
+    upsampling: str = _option("bilinear", "how the decoder upsamples", "model", choices=UPSAMPLINGS)
+
+    epochs: int = _option(50, "most epochs to train", "training", int, low=1)
+    patience: int = _option(10, "stop after this many epochs without a better validation Dice", "training", int, low=1)
+    batch_size: int = _option(16, "images a training step", "training", int, low=2)
+    lr: float = _option(1e-4, "learning rate of Adam", "training", float, above=0)
+    schedule: str = _option("constant", "learning-rate schedule", "training", choices=("constant", "cosine"))
+    augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
+    workers: int = _option(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
+
+    passes: int = _option(30, "stochastic forward passes an image (T)", "uncertainty", int, low=1)
+    target_layer: str = _option("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
+    threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
+    bins: int = _option(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
+    lambda_steps: int = _option(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
+
+    results: str | None = _option(None, "folder for everything this run writes [results/<dataset>]", "run")
+    seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
+    fresh: bool = _flag("delete what another configuration left in the results folder and start over", "run")
+    device: str = _option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", "run")
+    quick: bool = _flag("CPU-sized preset: 128 pixels, width 16, 8 epochs; flags given beside it win", "run")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name))
+        if self.image_size % 16:
+            raise UserError(f"--image-size must be a multiple of 16, not {self.image_size}")
+        if self.width % 2:
+            raise UserError(f"--width must be even, not {self.width}")
+        if (self.images is None) != (self.masks is None):
+            raise UserError("--images and --masks go together: give both or neither")
+        if self.images is not None and self.data is not None:
+            raise UserError("give either --data or --images with --masks, not both")
+        if self.download and (self.images is not None or self.data is not None):
+            raise UserError("--download fetches into data/ISIC2018; leave --data, --images and --masks out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and their values, as written to ``config.json``."""
+        return asdict(self)
+
+    def with_preset(self, preset: dict[str, Any]) -> Config:
+        """A copy in which the fields that still have their default take the preset's values."""
+        default = {item.name: item.default for item in fields(self)}
+        return replace(self, **{key: value for key, value in preset.items() if getattr(self, key) == default[key]})
+
+    @classmethod
+    def from_dict(cls, values: Any, source: Path) -> Config:
+        """The configuration that ``config.json`` records.
+
+        Raises:
+            UserError: ``values`` does not describe one; the line names ``source``.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(
+                f"{source} does not hold a configuration of this version ({error}); run main.py again with --fresh"
+            ) from error
+
+    def experiment(self) -> dict[str, Any]:
+        """The fields that decide the numbers: what two runs must share to share results."""
+        return {key: value for key, value in asdict(self).items() if key not in NEUTRAL_FIELDS}
+
+
+#: What ``--quick`` changes. A narrow network and few epochs want a faster learning rate that decays.
+QUICK = {"image_size": 128, "width": 16, "epochs": 8, "lr": 1e-3, "schedule": "cosine"}
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(item: Field, value: Any) -> None:
+    limits, flag = item.metadata, _flag_name(item.name)
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number, not {value}")
+    for key, words, fine in (
+        ("low", "at least", lambda v, bound: v >= bound),
+        ("high", "at most", lambda v, bound: v <= bound),
+        ("above", "greater than", lambda v, bound: v > bound),
+        ("below", "less than", lambda v, bound: v < bound),
+    ):
+        if key in limits and not fine(value, limits[key]):
+            raise UserError(f"{flag} must be {words} {limits[key]}, not {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are the one-line user error."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see --help")
+
+
+def parse_config(argv: Sequence[str] | None, description: str) -> Config:
+    """Turn the command line into a configuration.
+
+    Raises:
+        UserError: an unknown flag or a value out of range.
+    """
+    parser = Parser(description=description, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    for item in fields(Config):
+        limits = item.metadata
+        if limits["group"] not in groups:
+            groups[limits["group"]] = parser.add_argument_group(limits["group"])
+        text = limits["help"].replace("%", "%%")
+        if limits["type"] is bool:
+            extra: dict[str, Any] = {"action": "store_true"}
+        else:
+            extra = {"type": limits["type"], "metavar": limits["type"].__name__.upper()}
+            if "choices" in limits:
+                extra["metavar"] = "{" + ",".join(limits["choices"]) + "}"
+            if item.default not in (None, -1):
+                text += f" [{item.default}]"
+        groups[limits["group"]].add_argument(
+            _flag_name(item.name), default=argparse.SUPPRESS, help=text, **extra
+        )
+    given = vars(parser.parse_args(argv))
+    preset = QUICK if given.get("quick") else {}
+    return Config(**{**preset, **given})
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:N" or "mps" into a device that is there.
+
+    Raises:
+        UserError: the device is unknown or absent.
+    """
+    mps = getattr(torch.backends, "mps", None)
+    has_mps = mps is not None and mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: only {torch.cuda.device_count()} CUDA devices are here")
+    if device.type == "mps" and not has_mps:
+        raise UserError(f"--device {name}: no MPS device is available here; use --device auto or cpu")
+    return device
