@@ -1,0 +1,160 @@
+"""The synthetic set: reproducible to the byte, in the official layout, varied, never half written."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import synthetic
+from synthetic import IMAGE_FOLDER, MASK_FOLDER, render_lesion, write_synthetic_dataset
+
+
+@pytest.fixture(scope="module")
+def lesions():
+    return [render_lesion(index, seed=42) for index in range(60)]
+
+
+def contents(root):
+    """Every file below `root`, hidden ones too: relative name -> bytes."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()}
+
+
+def test_render_depends_on_index_and_seed_alone():
+    np.random.seed(0)
+    first = render_lesion(3, seed=7)
+    np.random.seed(1)
+    render_lesion(4, seed=7)  # a picture in between changes nothing
+    again = render_lesion(3, seed=7)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.mask, again.mask)
+    assert np.array_equal(first.outline, again.outline) and first.attributes == again.attributes
+    for other in (render_lesion(3, seed=8), render_lesion(4, seed=7)):
+        assert other.image.shape != first.image.shape or not np.array_equal(other.image, first.image)
+
+
+def test_shorter_set_is_a_prefix_and_processes_change_no_byte(tmp_path):
+    calls = []
+    write_synthetic_dataset(tmp_path / "one", 5, seed=3, processes=1, progress=lambda: calls.append(1))
+    write_synthetic_dataset(tmp_path / "two", 7, seed=3, processes=2, progress=lambda: calls.append(2))
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert calls == [1] * 5 + [2] * 7
+    assert len(one) == 2 * 5 and len(two) == 2 * 7
+    assert {name: two[name] for name in one} == one
+    assert multiprocessing.active_children() == []
+
+
+def test_layout_and_formats(tmp_path):
+    write_synthetic_dataset(tmp_path, 3, seed=5, processes=1)
+    names = [f"ISIC_{number}" for number in (9000000, 9000001, 9000002)]
+    assert sorted(contents(tmp_path)) == sorted(
+        [str(Path(IMAGE_FOLDER, f"{n}.jpg")) for n in names]
+        + [str(Path(MASK_FOLDER, f"{n}_segmentation.png")) for n in names])
+    for index, name in enumerate(names):
+        lesion = render_lesion(index, seed=5)
+        with Image.open(tmp_path / IMAGE_FOLDER / f"{name}.jpg") as image, \
+                Image.open(tmp_path / MASK_FOLDER / f"{name}_segmentation.png") as mask:
+            assert (image.format, image.mode, mask.format, mask.mode) == ("JPEG", "RGB", "PNG", "L")
+            assert image.size == mask.size
+            assert np.array_equal(np.asarray(mask), lesion.mask)
+            error = np.abs(np.asarray(image, np.float32) - lesion.image)
+            assert error.mean() < 6  # grey levels lost to JPEG
+
+
+def test_existing_files_are_left_alone_and_missing_ones_restored(tmp_path):
+    write_synthetic_dataset(tmp_path, 3, seed=5, processes=1)
+    whole = contents(tmp_path)
+    kept = tmp_path / IMAGE_FOLDER / "ISIC_9000000.jpg"
+    kept.write_bytes(b"mine")
+    (tmp_path / MASK_FOLDER / "ISIC_9000000_segmentation.png").unlink()
+    (tmp_path / IMAGE_FOLDER / "ISIC_9000002.jpg").unlink()
+    write_synthetic_dataset(tmp_path, 3, seed=5, processes=1)
+    assert kept.read_bytes() == b"mine"
+    kept.write_bytes(whole[str(kept.relative_to(tmp_path))])
+    assert contents(tmp_path) == whole
+
+
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(synthetic.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        write_synthetic_dataset(tmp_path, 1, seed=5, processes=1)
+    assert contents(tmp_path) == {}
+
+
+def test_masks_are_binary_and_neither_empty_nor_whole(lesions):
+    for lesion in lesions:
+        assert lesion.image.dtype == lesion.mask.dtype == np.uint8
+        assert lesion.image.shape == lesion.mask.shape + (3,) and lesion.outline.shape == lesion.mask.shape
+        assert np.unique(lesion.mask).tolist() == [0, 255]
+        assert lesion.outline.dtype == bool and 0.005 < lesion.outline.mean() < 0.8
+
+
+def test_annotations_follow_the_outline_as_their_style_says(lesions):
+    for lesion in lesions:
+        drawn, true, style = lesion.mask > 0, lesion.outline, lesion.attributes["annotation"]
+        dice = 2 * (drawn & true).sum() / (drawn.sum() + true.sum())
+        assert dice > 0.75
+        if style == "exact":
+            assert dice == 1
+        elif style == "generous":
+            assert drawn.sum() > true.sum()
+        elif style == "tight":
+            assert drawn.sum() < true.sum()
+
+
+def test_set_is_varied(lesions):
+    assert len({lesion.image.shape for lesion in lesions[:24]}) >= 4
+    described = [lesion.attributes for lesion in lesions]
+    assert {a["annotation"] for a in described} == {"exact", "polygon", "generous", "tight", "superpixel"}
+    assert min(a["skin_type"] for a in described) <= 2 and max(a["skin_type"] for a in described) >= 5
+    areas = np.array([lesion.outline.mean() for lesion in lesions])
+    assert (areas < 0.03).sum() >= 3 and (areas > 0.3).sum() >= 3
+    assert 3 <= sum(a["touches_frame"] for a in described) <= 30
+    assert 2 <= sum(a["low_contrast"] for a in described) <= 15
+    assert {"hairs", "bubbles", "ruler", "dark field"} <= {name for a in described for name in a["artefacts"]}
+
+
+def test_frame_flag_and_light_agree_with_the_pixels(lesions):
+    light, dark = [], []
+    for lesion in lesions:
+        rim = np.concatenate([lesion.outline[0], lesion.outline[-1], lesion.outline[:, 0], lesion.outline[:, -1]])
+        assert lesion.attributes["touches_frame"] == rim.any()
+        skin = lesion.image[~lesion.outline].mean()
+        (light if lesion.attributes["skin_type"] <= 2 else dark if lesion.attributes["skin_type"] >= 5 else []).append(skin)
+    assert np.mean(light) > np.mean(dark) + 40
+
+
+def test_lesions_are_mostly_darker_than_the_skin_beside_them(lesions):
+    darker = [lesion.image[lesion.outline].mean() < lesion.image[~lesion.outline].mean() - 4 for lesion in lesions
+              if "dark field" not in lesion.attributes["artefacts"]]
+    assert np.mean(darker) > 0.9
+
+
+def test_flood_fills_what_a_queue_fills():
+    allowed = np.random.default_rng(0).random((23, 31)) < 0.62
+    seed = np.zeros_like(allowed)
+    seed[tuple(np.argwhere(allowed)[0])] = True
+    expected, queue = set(), [tuple(np.argwhere(allowed)[0])]
+    while queue:
+        row, column = queue.pop()
+        if (row, column) in expected or not (0 <= row < 23 and 0 <= column < 31) or not allowed[row, column]:
+            continue
+        expected.add((row, column))
+        queue += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+    assert set(map(tuple, np.argwhere(synthetic.flood(seed, allowed)))) == expected
+
+
+@pytest.mark.parametrize("arguments", [(-1, 0), (0, -1)])
+def test_negative_numbers_are_refused(arguments):
+    with pytest.raises(ValueError, match="at least 0"):
+        render_lesion(*arguments)
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"processes": 0}, {"seed": -1}])
+def test_wrong_arguments_write_nothing(tmp_path, wrong):
+    with pytest.raises(ValueError, match="at least"):
+        write_synthetic_dataset(tmp_path / "new", **{**{"count": 1, "seed": 1, "processes": 1}, **wrong})
+    assert not (tmp_path / "new").exists()
