@@ -1,0 +1,240 @@
+"""Training the U-Net: one linear loop, and the checkpoint it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from config import Config
+from dataset import DecodedPairs, TrainingImages, batches, derived_seed, normalise
+from model import UNet
+from storage import UserError, whole_file, write_csv
+
+
+class TrainingResult(NamedTuple):
+    """The best model, its validation Dice, and one row an epoch."""
+
+    model: UNet
+    best_dice: float
+    log: list[dict[str, Any]]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint that loads with ``weights_only=True``, whole or not at all."""
+    with whole_file(path) as stream:
+        torch.save(content, stream)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running any code it may contain.
+
+    Raises:
+        UserError: it is missing, damaged, or holds more than weights.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}; run main.py first") from error
+    except Exception as error:  # the restricted unpickler raises almost anything on foreign bytes
+        raise UserError(
+            f"{path} is not a checkpoint of this program ({type(error).__name__}); delete it and run again"
+        ) from error
+    if not isinstance(content, dict) or not {"model", "options"} <= content.keys():
+        raise UserError(f"{path} lacks the model or its options; delete it and run again")
+    return content
+
+
+def load_model(path: Path, device: torch.device) -> UNet:
+    """Rebuild the U-Net that a checkpoint describes, in evaluation mode.
+
+    Raises:
+        UserError: see :func:`load_checkpoint`, or the weights do not fit the options.
+    """
+    content = load_checkpoint(path)
+    try:
+        model = UNet(**content["options"])
+        model.load_state_dict(content["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the model it describes; delete it and run again") from error
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class EpochOrder(Sampler):
+    """Positions of one epoch, shuffled by (seed, epoch), each with its epoch: (epoch, position)."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
+        for position in torch.randperm(self.length, generator=generator).tolist():
+            yield self.epoch, position
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    """The learning rate at a fractional epoch: constant, or half a cosine down to 1 % of the start."""
+    if config.schedule == "constant":
+        return config.lr
+    low = 0.01 * config.lr
+    return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice and Jaccard of each image; 1 where both masks are empty.
+
+    Args:
+        prediction, truth: bool or 0/1 (B, H, W).
+
+    Returns:
+        float64 (B,) twice: ``2 |P and T| / (|P| + |T|)`` and ``|P and T| / |P or T|``;
+        float32 on devices without double precision.
+    """
+    kind = torch.float32 if prediction.device.type == "mps" else torch.float64
+    prediction, truth = prediction.bool().flatten(1), truth.bool().flatten(1)
+    both = (prediction & truth).sum(1).to(kind)
+    total = prediction.sum(1).to(kind) + truth.sum(1).to(kind)
+    one = torch.ones_like(both)
+    dice = torch.where(total > 0, 2 * both / total, one)
+    jaccard = torch.where(total > 0, both / (total - both), one)
+    return dice, jaccard
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, device: torch.device
+) -> dict[str, float]:
+    """Loss a pixel, and mean Dice and Jaccard an image, without dropout."""
+    model.eval()
+    # sums and one division at the end: the last batch may be smaller
+    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    level = math.log(threshold / (1 - threshold))
+    for _, images, masks in batches(pairs, ids, batch_size, device):
+        logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0].float()
+        loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
+        dice, jaccard = segmentation_overlap(logits > level, masks)
+        sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
+    loss_mean, dice_mean, jaccard_mean = (sums / len(ids)).tolist()
+    return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of every weight and statistic of a model: equal weights, equal fingerprint."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(
+    config: Config,
+    pairs: DecodedPairs,
+    train_ids: Sequence[str],
+    validation_ids: Sequence[str],
+    device: torch.device,
+    results: Path,
+    identity: str,
+    progress: Callable[[int, str], None] = lambda count, note: None,
+) -> TrainingResult:
+    """Train with Adam on binary cross-entropy; keep the weights of the best validation Dice.
+
+    After each epoch the folder ``results`` holds ``weights/best_model.pth``,
+    ``weights/training_state.pth`` (all that the next epoch needs) and
+    ``training_log.csv``. A later call with the same ``identity`` goes on after
+    the last finished epoch; since the order, the augmentation and the dropout
+    of an epoch are seeded by (seed, epoch), the outcome is that of a run that
+    was never interrupted.
+
+    Args:
+        config: batch size, learning rate, epochs and so on.
+        pairs: the decoded images and masks.
+        train_ids, validation_ids: the two parts.
+        device: where to compute.
+        results: folder of the run.
+        identity: fingerprint of the configuration and data.
+        progress: called with finished images and a note.
+
+    Raises:
+        UserError: the loss is no longer finite, or a file cannot be read or written.
+    """
+    best_path, state_path = results / "weights" / "best_model.pth", results / "weights" / "training_state.pth"
+    torch.manual_seed(config.seed)
+    model = UNet(config.width, config.dropout, config.upsampling).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    done = {"epoch": 0, "best": -1.0, "waited": 0, "log": []}
+    if state_path.exists() and best_path.exists():
+        saved = load_checkpoint(state_path)
+        if saved.get("identity") == identity:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            done = saved["done"]
+    progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
+    order = EpochOrder(len(train_ids), config.seed)
+    workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
+    loader = DataLoader(
+        TrainingImages(pairs, train_ids, config.augment, config.seed),
+        batch_size=config.batch_size, sampler=order, num_workers=workers,
+        persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        # batch norm has no variance over a single image
+        drop_last=len(train_ids) % config.batch_size == 1,
+    )
+    while done["epoch"] < config.epochs and done["waited"] < config.patience:
+        epoch, started = done["epoch"], time.perf_counter()
+        order.epoch = epoch
+        torch.manual_seed(derived_seed(config.seed, "dropout", epoch))
+        model.train()
+        loss_sum = torch.zeros((), device=device)
+        seen = 0
+        for step, (images, masks) in enumerate(loader):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch + step / len(loader))
+            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+            logits = model(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
+            loss = F.binary_cross_entropy_with_logits(logits, masks.float())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach() * len(images)
+            seen += len(images)
+            progress(len(images), f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
+        training_loss = float(loss_sum) / seen
+        if not math.isfinite(training_loss):
+            raise UserError(
+                f"the training loss is {training_loss} in epoch {epoch + 1}; the best weights so far are kept in "
+                f"{best_path}; lower --lr"
+            )
+        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, device)
+        improved = scores["dice"] > done["best"]
+        row = {
+            "epoch": epoch + 1, "train_loss": training_loss, "validation_loss": scores["loss"],
+            "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
+            "learning_rate": learning_rate(config, epoch), "images_per_second": seen / (time.perf_counter() - started),
+        }
+        done = {
+            "epoch": epoch + 1, "best": max(done["best"], scores["dice"]),
+            "waited": 0 if improved else done["waited"] + 1, "log": [*done["log"], row],
+        }
+        content = {"model": model.state_dict(), "options": model.options, "identity": identity}
+        if improved:
+            save_checkpoint(best_path, {**content, "epoch": epoch + 1, "validation_dice": scores["dice"]})
+        save_checkpoint(state_path, {**content, "optimizer": optimizer.state_dict(), "done": done})
+        write_csv(results / "training_log.csv", done["log"])
+    return TrainingResult(load_model(best_path, device), done["best"], done["log"])
