@@ -1,0 +1,318 @@
+"""Beyond the paper's fusion: every normalisation and rule, and whether saliency adds anything at all.
+
+Two questions. Does any other way to fuse the two variances beat predictive variance alone, by its
+foreground calibration error (`rules`)? And, given the mean prediction and the predictive variance,
+does the saliency variance tell anything more about where the errors are (`added_value`)?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import ranking
+from calibration import (
+    REGIONS,
+    atoms,
+    bootstrap,
+    confidence_sum,
+    count_confidence,
+    expected_calibration_error,
+    interval,
+    jsonable,
+    verdict,
+)
+from counters import Counters, assemble, checked_maps, pieces
+from fusion import (
+    NORMALISATIONS,
+    PREDICTIVE,
+    RULES,
+    SALIENCY,
+    Fusion,
+    distributions,
+    draw_pixels,
+    fit_logistic,
+    foreground_sample,
+    fuse,
+    lambda_grid,
+)
+from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_edges
+
+BASELINE = "predictive"
+
+
+# Fusion rules
+
+
+def candidate_fusions(validation, found: dict, lambdas: tuple) -> list:
+    """Every normalisation with every rule and every parameter that the rule proposes, as a list of `Fusion`.
+
+    `found` is what :func:`fusion.distributions` returns for `validation`.
+    """
+    candidates = []
+    for normalisation, normalise in NORMALISATIONS.items():
+        plain = Fusion(normalise(found[PREDICTIVE]), normalise(found[SALIENCY]), BASELINE, None, normalisation)
+        sample = foreground_sample(validation, plain)
+        for name, function in RULES.items():
+            parameters = function.candidates(sample, lambdas) if hasattr(function, "candidates") else (None,)
+            candidates += [replace(plain, rule=name, parameter=parameter) for parameter in parameters]
+    return candidates
+
+
+def count_fusions(images, candidates: list, bins: int = 15) -> Counters:
+    """Foreground counters of every candidate: `fusion_count`, `fusion_confidence` (I, C, 2, B), wrong and correct."""
+    ids, rows = [], []
+    for identifier, maps in images:
+        flat = checked_maps(identifier, maps)
+        inside = flat["true_mask"].nonzero().view(-1)
+        chosen = {name: flat[name].index_select(0, inside) for name in ("predicted", PREDICTIVE, SALIENCY)}
+        correct = chosen["predicted"].to(torch.int32)
+        count = torch.zeros(len(candidates), 2, bins, dtype=torch.int64)
+        total = torch.zeros_like(count)
+        for piece in pieces(len(inside), inside.device):
+            scores = _fused_scores(chosen[PREDICTIVE][piece], chosen[SALIENCY][piece], candidates)
+            here_count, here_total = count_confidence(scores, correct[piece], 2, bins)
+            count += here_count
+            total += here_total
+        ids.append(str(identifier))
+        rows.append({"fusion_count": count.numpy(), "fusion_confidence": confidence_sum(total).numpy()})
+    return assemble(ids, tuple(str(index) for index in range(len(candidates))), (), bins, rows)
+
+
+def _fused_scores(pred_variance: torch.Tensor, saliency_variance: torch.Tensor, candidates: list) -> torch.Tensor:
+    """Scores (C, n); each normalisation is applied once, not once a rule."""
+    normalised, scores = {}, []
+    for candidate in candidates:
+        if candidate.normalisation not in normalised:
+            normalised[candidate.normalisation] = candidate.normalise(pred_variance, saliency_variance)
+        scores.append(fuse(*normalised[candidate.normalisation], candidate.rule, candidate.parameter))
+    return torch.stack(scores)
+
+
+def fusion_table(candidates: list, validation: Counters, test: Counters, resamples=10_000, seed=42) -> list:
+    """One row a normalisation and rule, its parameter chosen on validation, its test ECE and paired differences.
+
+    `minus_predictive_variance` compares with the paper's min-max normalised predictive variance,
+    `minus_baseline` with the rule without saliency under the same normalisation (for a fitted rule: also fitted).
+    """
+    chosen = {}
+    validation_errors = _fusion_errors({name: value.sum(0) for name, value in validation.images.items()})
+    for index, candidate in enumerate(candidates):
+        key = candidate.normalisation, candidate.rule
+        # A tie goes to the later candidate, that is, to the larger lambda.
+        if key not in chosen or not validation_errors[index] > validation_errors[chosen[key]]:
+            chosen[key] = index
+    point = _fusion_errors({name: value.sum(0) for name, value in test.images.items()})
+    arrays = {name: value[:, list(chosen.values())] for name, value in test.images.items()}
+    samples = bootstrap(arrays, lambda summed: {"ece": _fusion_errors(summed)}, resamples, seed)["ece"]
+    column = {key: position for position, key in enumerate(chosen)}
+
+    def difference(key, other):
+        value = point[chosen[key]] - point[chosen[other]]
+        bounds = interval(samples[:, column[key]] - samples[:, column[other]])
+        return {"value": value, "interval": bounds, "verdict": verdict(value, *bounds)}
+
+    rows = []
+    for (normalisation, rule), index in chosen.items():
+        key = normalisation, rule
+        baseline = getattr(RULES[rule], "baseline", BASELINE)
+        rows.append(
+            {
+                "normalisation": normalisation,
+                "rule": rule,
+                "parameter": candidates[index].parameter,
+                "validation_foreground_ece": validation_errors[index],
+                "foreground_ece": {"value": point[index], "interval": interval(samples[:, column[key]])},
+                "minus_predictive_variance": difference(key, ("min_max", BASELINE)),
+                "baseline": baseline,
+                "minus_baseline": difference(key, (normalisation, baseline)),
+            }
+        )
+    return jsonable(rows)
+
+
+def _fusion_errors(summed: dict) -> np.ndarray:
+    count = summed["fusion_count"]
+    return expected_calibration_error(count.sum(-2), count[..., 1, :], summed["fusion_confidence"].sum(-2))
+
+
+# Added value of the saliency variance
+
+MODELS = ("without", "with", "label_without", "label_with")
+PAIRS = (("with", "without"), ("label_with", "label_without"))
+
+
+def error_features(maps: dict, ranks: dict) -> dict:
+    """Features (N, D) of the four logistic error models.
+
+    "without": second-order polynomial of the log-odds of the mean prediction's confidence ``max(p, 1 - p)`` and
+    the rank of the predictive variance. "with": also of the rank of the saliency variance.
+    These do not know which label was predicted. "label_without" and "label_with" do: they have the predicted label
+    and its products with the first-order features as well. The difference matters where a region gives the
+    truth away: inside the ground truth an error *is* a predicted background pixel, so that there the label
+    alone decides, and whatever tells the label (saliency is high where the network sees lesion) seems to find errors.
+
+    Args:
+        maps: flat maps (N,) as :func:`counters.checked_maps` gives them.
+        ranks: normalisations of both variances, by name, to [0, 1].
+    """
+    probability = maps["mean_prediction"]
+    confidence = torch.maximum(probability, 1.0 - probability).clamp(max=1.0 - 2.0**-20)
+    sure = torch.log(confidence / (1.0 - confidence)) / 4.0
+    predictive = 2.0 * ranks[PREDICTIVE](maps[PREDICTIVE]) - 1.0
+    saliency = 2.0 * ranks[SALIENCY](maps[SALIENCY]) - 1.0
+    label = torch.where(maps["predicted"] > 0, 1.0, -1.0)
+    base = [sure, predictive, sure * sure, predictive * predictive, sure * predictive]
+    extra = [saliency, saliency * saliency, sure * saliency, predictive * saliency]
+    signed = [label, label * sure, label * predictive]
+    return {
+        "without": torch.stack(base, 1),
+        "with": torch.stack(base + extra, 1),
+        "label_without": torch.stack(base + signed, 1),
+        "label_with": torch.stack(base + extra + signed + [label * saliency], 1),
+    }
+
+
+@dataclass
+class ErrorModels:
+    """Logistic models of a pixel's error, {(region, model): intercept and coefficients}, and their features' ranks."""
+
+    ranks: dict
+    coefficients: dict
+
+
+def fit_error_models(validation, found: dict, limit: int = 512, seed: int = 42) -> ErrorModels:
+    """Fit every model in every region to at most `limit` pixels an image and region, weighted for the rest."""
+    ranks = {name: NORMALISATIONS["rank"](found[name]) for name in (PREDICTIVE, SALIENCY)}
+    rows = {region: [] for region in REGIONS}
+    for identifier, maps in validation:
+        flat = checked_maps(identifier, maps)
+        atom = atoms(flat["predicted"], flat["true_mask"])
+        for region, members in REGIONS.items():
+            inside = sum(atom == member for member in members).nonzero().view(-1)
+            index = draw_pixels(identifier, inside, limit, seed)
+            features = error_features({name: value[index] for name, value in flat.items()}, ranks)
+            wrong = ((atom[index] == 1) | (atom[index] == 2)).cpu().numpy()
+            weight = np.full(len(index), len(inside) / max(len(index), 1))
+            rows[region].append(({name: value.cpu().numpy() for name, value in features.items()}, wrong, weight))
+    coefficients = {}
+    for region, parts in rows.items():
+        wrong = np.concatenate([part[1] for part in parts])
+        weight = np.concatenate([part[2] for part in parts])
+        for model in MODELS:
+            features = np.concatenate([part[0][model] for part in parts]).astype(np.float64)
+            coefficients[region, model] = fit_logistic(features, wrong, weight)
+    return ErrorModels(ranks, coefficients)
+
+
+def count_error_models(images, models: ErrorModels, edges: np.ndarray | None = None) -> Counters:
+    """Counters of the models on a split, the scores being "region/model".
+
+    `model_log_loss` (I, S, 1), `model_pixels` (I, S, 2: correct, wrong), and, given `edges`,
+    `model_cells` (I, S, 2, Q); pooled `model_fine` (S, 2, F).
+    """
+    names = [f"{region}/{model}" for region in REGIONS for model in MODELS]
+    cells = 0 if edges is None else edges.shape[1] + 1
+    ids, rows, fine = [], [], None
+    for identifier, maps in images:
+        flat = checked_maps(identifier, maps)
+        device = flat["mean_prediction"].device
+        accurate = torch.float32 if device.type == "mps" else torch.float64
+        if fine is None:
+            fine = torch.zeros(len(names) * 2 * FINE_CELLS, dtype=torch.int64, device=device)
+        row = {"model_log_loss": np.zeros(len(names)), "model_pixels": np.zeros((len(names), 2), dtype=np.int64)}
+        histogram = np.zeros((len(names), 2, cells), dtype=np.int32)
+        for piece in pieces(len(flat["mean_prediction"]), device):
+            part = {name: value[piece] for name, value in flat.items()}
+            atom = atoms(part["predicted"], part["true_mask"])
+            features = error_features(part, models.ranks)
+            for position, name in enumerate(names):
+                region, model = name.split("/")
+                inside = sum(atom == member for member in REGIONS[region]).nonzero().view(-1)
+                wrong = ((atom == 1) | (atom == 2))[inside].to(torch.int64)
+                weights = torch.tensor(models.coefficients[region, model], dtype=torch.float32, device=device)
+                logit = weights[0] + (features[model][inside] * weights[1:]).sum(1)
+                loss = torch.nn.functional.softplus(torch.where(wrong > 0, -logit, logit))
+                row["model_log_loss"][position] += float(loss.sum(dtype=accurate))
+                errors = int(wrong.sum())
+                row["model_pixels"][position] += (len(wrong) - errors, errors)
+                cell = fine_cell(torch.sigmoid(logit))
+                add_histogram(fine, (position * 2 + wrong) * FINE_CELLS + cell)
+                if cells:
+                    lookup = torch.from_numpy(np.searchsorted(edges[position], np.arange(FINE_CELLS))).to(device)
+                    counts = torch.zeros(2 * cells, dtype=torch.int64, device=device)
+                    add_histogram(counts, wrong * cells + lookup[cell])
+                    histogram[position] += counts.view(2, cells).cpu().numpy().astype(np.int32)
+        if cells:
+            row["model_cells"] = histogram
+        ids.append(str(identifier))
+        rows.append(row)
+    pooled = {} if fine is None else {"model_fine": fine.view(len(names), 2, FINE_CELLS).cpu().numpy()}
+    return assemble(ids, tuple(names), (), 0, rows, pooled, edges)
+
+
+def model_edges(validation: Counters, cells: int = 256) -> np.ndarray:
+    """Quantile cells of every model from its validation counters; correct and wrong pixels have half of them each."""
+    return quantile_edges(validation.pooled["model_fine"], [(0,), (1,)], cells)
+
+
+def added_value(models: ErrorModels, test: Counters, resamples=10_000, seed=42) -> dict:
+    """Log loss and AUROC of the error models on test, with and without saliency, and their paired differences.
+
+    Saliency adds something where the log loss falls or the AUROC rises.
+    """
+    arrays = {
+        "model_log_loss": test.images["model_log_loss"],
+        "model_pixels": test.images["model_pixels"],
+        "model_cells": test.images["model_cells"].astype(np.float32),
+    }
+    point = _model_statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
+    samples = bootstrap(arrays, _model_statistics, resamples, seed, chunk=64)
+    fine = test.pooled["model_fine"]
+    exact = ranking.auroc(fine[:, 0], fine[:, 1])
+    samples["auroc"] += exact - point["auroc"]
+    point["auroc"] = exact
+    position = {name: index for index, name in enumerate(test.scores)}
+    result = {}
+    for region in REGIONS:
+        result[region] = {"models": {}, "difference": {}}
+        for model in MODELS:
+            index = position[f"{region}/{model}"]
+            result[region]["models"][model] = {
+                measure: {"value": point[measure][index], "interval": interval(samples[measure][:, index])}
+                for measure in point
+            }
+            result[region]["models"][model]["coefficients"] = models.coefficients[region, model]
+        for first, second in PAIRS:
+            entry = {}
+            for measure, sign in (("log_loss", 1.0), ("auroc", -1.0)):
+                one, two = position[f"{region}/{first}"], position[f"{region}/{second}"]
+                value = point[measure][one] - point[measure][two]
+                bounds = interval(samples[measure][:, one] - samples[measure][:, two])
+                found = verdict(sign * value, *sorted(sign * bounds))
+                entry[measure] = {"value": value, "interval": bounds, "verdict": found}
+            result[region]["difference"][f"{first}_minus_{second}"] = entry
+    return jsonable(result)
+
+
+def _model_statistics(summed: dict) -> dict:
+    pixels = summed["model_pixels"].sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_loss = summed["model_log_loss"] / pixels
+    cells = summed["model_cells"]
+    return {"log_loss": log_loss, "auroc": ranking.auroc(cells[..., 0, :], cells[..., 1, :])}
+
+
+def run_study(validation, test, *, bins=15, lambdas=11, resamples=10_000, seed=42) -> dict:
+    """Both tables: ``{"rules": [...], "added_value": {...}}``. Seven passes over validation, two over test."""
+    found = distributions(validation)
+    candidates = candidate_fusions(validation, found, lambda_grid(lambdas))
+    counted = [count_fusions(split, candidates, bins) for split in (validation, test)]
+    models = fit_error_models(validation, found)
+    edges = model_edges(count_error_models(validation, models))
+    return {
+        "rules": fusion_table(candidates, *counted, resamples=resamples, seed=seed),
+        "added_value": added_value(models, count_error_models(test, models, edges), resamples, seed),
+    }
