@@ -24,8 +24,10 @@ def _flag(text: str, group: str) -> Any:
     return _option(False, text, group, bool)
 
 
-# The fields that neither change a number nor describe the experiment.
-NEUTRAL_FIELDS = ("results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick")
+# The fields that change neither weights nor maps: a results folder may be used again with others.
+NEUTRAL_FIELDS = (
+    "results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick", "resamples", "study",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Config:
     batch_size: int = _option(16, "images a training step", "training", int, low=2)
     lr: float = _option(1e-4, "learning rate of Adam", "training", float, above=0)
     schedule: str = _option("constant", "learning-rate schedule", "training", choices=("constant", "cosine"))
+    warmup: float = _option(0.0, "epochs of linear warm-up of the learning rate", "training", float, low=0)
+    clip: float = _option(0.0, "largest norm of the gradient; 0 does not clip", "training", float, low=0)
+    amp: str = _option("auto", "precision of training; auto: bf16 where it is native", "training", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = _flag("compile the network for training (torch.compile)", "training")
     augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
     workers: int = _option(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
@@ -66,6 +72,8 @@ class Config:
     threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
     bins: int = _option(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
     lambda_steps: int = _option(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
+    resamples: int = _option(10_000, "bootstrap resamples of the images", "calibration", int, low=100)
+    study: bool = _flag("also compare all fusion rules and normalisations, and ask what saliency adds", "calibration")
 
     results: str | None = _option(None, "folder for everything this run writes [results/<dataset>]", "run")
     seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)

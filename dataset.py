@@ -308,7 +308,7 @@ def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, in
             original = original[::-1]
         if size is not None:
             rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(rgb), original
+        return np.array(rgb), original
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

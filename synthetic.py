@@ -547,7 +547,7 @@ def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2
 
     Raises:
         ValueError: `count` or `processes` is below 1, or `seed` below 0.
-        OSError: a file cannot be written.
+        UserError: a file cannot be written.
     """
     if count < 1 or processes < 1 or seed < 0:
         raise ValueError("count and processes must be at least 1 and seed at least 0, "

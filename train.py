@@ -90,11 +90,33 @@ class EpochOrder(Sampler):
 
 
 def learning_rate(config: Config, epoch: float) -> float:
-    """The learning rate at a fractional epoch: constant, or half a cosine down to 1 % of the start."""
+    """The learning rate at a fractional epoch.
+
+    Constant, or half a cosine from ``lr`` down to 1 % of it over ``epochs``;
+    both after a linear rise over the first ``warmup`` epochs.
+    """
+    rise = min(1.0, (epoch + 1e-3) / config.warmup) if config.warmup > 0 else 1.0
     if config.schedule == "constant":
-        return config.lr
+        return config.lr * rise
     low = 0.01 * config.lr
-    return low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * epoch / config.epochs))
+    return rise * (low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * epoch / config.epochs)))
+
+
+def training_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type in which the network is evaluated while training; weights and loss stay float32.
+
+    "auto" is bfloat16 where the device multiplies in it natively (CUDA from
+    compute capability 8.0, CPUs with AVX-512 BF16 or AMX), float16 on older
+    CUDA devices, and float32 elsewhere.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks):
+        return torch.bfloat16
+    return torch.float32
 
 
 def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +141,8 @@ def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, device: torch.device
+    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, device: torch.device,
+    precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Loss a pixel, and mean Dice and Jaccard an image, without dropout."""
     model.eval()
@@ -127,7 +150,9 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     level = math.log(threshold / (1 - threshold))
     for _, images, masks in batches(pairs, ids, batch_size, device):
-        logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0].float()
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
+        logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
         dice, jaccard = segmentation_overlap(logits > level, masks)
         sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
@@ -179,13 +204,17 @@ def train(
     torch.manual_seed(config.seed)
     model = UNet(config.width, config.dropout, config.upsampling).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    precision = training_precision(config.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     done = {"epoch": 0, "best": -1.0, "waited": 0, "log": []}
     if state_path.exists() and best_path.exists():
         saved = load_checkpoint(state_path)
         if saved.get("identity") == identity:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
             done = saved["done"]
+    network = torch.compile(model) if config.compile else model
     progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
     order = EpochOrder(len(train_ids), config.seed)
     workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
@@ -207,11 +236,16 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch + step / len(loader))
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            logits = model(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
-            loss = F.binary_cross_entropy_with_logits(logits, masks.float())
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                logits = network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
+            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            if config.clip > 0:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            scaler.step(optimizer)
+            scaler.update()
             loss_sum += loss.detach() * len(images)
             seen += len(images)
             progress(len(images), f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
@@ -221,7 +255,7 @@ def train(
                 f"the training loss is {training_loss} in epoch {epoch + 1}; the best weights so far are kept in "
                 f"{best_path}; lower --lr"
             )
-        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, device)
+        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, device, precision)
         improved = scores["dice"] > done["best"]
         row = {
             "epoch": epoch + 1, "train_loss": training_loss, "validation_loss": scores["loss"],
@@ -235,6 +269,6 @@ def train(
         content = {"model": model.state_dict(), "options": model.options, "identity": identity}
         if improved:
             save_checkpoint(best_path, {**content, "epoch": epoch + 1, "validation_dice": scores["dice"]})
-        save_checkpoint(state_path, {**content, "optimizer": optimizer.state_dict(), "done": done})
+        save_checkpoint(state_path, {**content, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "done": done})
         write_csv(results / "training_log.csv", done["log"])
     return TrainingResult(load_model(best_path, device), done["best"], done["log"])

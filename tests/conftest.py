@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import ISIC_IMAGES, ISIC_MASKS  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # sums in the same order in every process
+os.environ.pop("DISPLAY", None)
 
 
 def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: int = 0) -> Path:
@@ -42,18 +47,38 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("tiny"), 24)
 
 
-def command(*arguments: object, cwd: Path, script: str = "main.py") -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user would, in ``cwd``."""
+class Outcome(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: object, cwd: Path, script: str = "main.py") -> Outcome:
+    """Call a script's ``main`` in this process (starting Python anew costs seconds) in folder ``cwd``."""
+    main = importlib.import_module(script[:-3]).main
+    before, out, err = os.getcwd(), io.StringIO(), io.StringIO()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+    finally:
+        os.chdir(before)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, cwd: Path, script: str = "main.py", **options: object) -> subprocess.Popen:
+    """Start a script as a user would, in ``cwd``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     environment.pop("DISPLAY", None)
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )
 
 
 #: Flags of a run of seconds on the tiny pairs.
-TINY_FLAGS = ("--quick", "--image-size", 32, "--width", 4, "--epochs", 2, "--passes", 3, "--batch-size", 4, "--device", "cpu")
+TINY_FLAGS = ("--quick", "--image-size", 32, "--width", 4, "--epochs", 2, "--passes", 3, "--batch-size", 4, "--resamples", 200,
+              "--device", "cpu")
 
 
 @pytest.fixture(scope="session")

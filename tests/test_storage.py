@@ -135,14 +135,18 @@ def test_files_that_are_no_maps_are_named(tmp_path, content):
 
 
 def test_the_second_run_is_told_who_holds_the_folder(tmp_path):
-    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by another run .process {os.getpid()} "), FolderLock(tmp_path):
+    message = f"in use by another run .process {os.getpid()} "
+    with FolderLock(tmp_path), pytest.raises(UserError, match=message), FolderLock(tmp_path):
         pass
     with FolderLock(tmp_path):
         pass
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    program = "import sys, time\nfrom storage import FolderLock\nwith FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    program = (
+        "import sys, time\nfrom storage import FolderLock\n"
+        "with FolderLock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {process.pid} "), FolderLock(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import synthetic
-from synthetic import IMAGE_FOLDER, MASK_FOLDER, render_lesion, write_synthetic_dataset
+from dataset import ISIC_IMAGES, ISIC_MASKS
+from storage import UserError
+from synthetic import IMAGE_FOLDER, MASK_FOLDER, flood, render_lesion, write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +75,16 @@ def test_existing_files_are_left_alone_and_missing_ones_restored(tmp_path):
     assert contents(tmp_path) == whole
 
 
+def test_folders_are_those_of_the_dataset():
+    assert (IMAGE_FOLDER, MASK_FOLDER) == (ISIC_IMAGES, ISIC_MASKS)
+
+
 def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError("disk gone")
 
-    monkeypatch.setattr(synthetic.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk gone"):
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(UserError, match="disk gone"):
         write_synthetic_dataset(tmp_path, 1, seed=5, processes=1)
     assert contents(tmp_path) == {}
 
@@ -144,7 +149,7 @@ def test_flood_fills_what_a_queue_fills():
             continue
         expected.add((row, column))
         queue += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
-    assert set(map(tuple, np.argwhere(synthetic.flood(seed, allowed)))) == expected
+    assert set(map(tuple, np.argwhere(flood(seed, allowed)))) == expected
 
 
 @pytest.mark.parametrize("arguments", [(-1, 0), (0, -1)])

@@ -15,7 +15,16 @@ from config import Config
 from dataset import decode_pairs, find_pairs, isic_folders, split_ids
 from model import UNet
 from storage import UserError
-from train import EpochOrder, learning_rate, load_checkpoint, load_model, segmentation_overlap, train, weights_fingerprint
+from train import (
+    EpochOrder,
+    learning_rate,
+    load_checkpoint,
+    load_model,
+    segmentation_overlap,
+    train,
+    training_precision,
+    weights_fingerprint,
+)
 
 CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine")
 CPU = torch.device("cpu")
@@ -53,6 +62,26 @@ def test_cosine_schedule_goes_from_the_start_to_a_hundredth():
     assert learning_rate(config, 5) == pytest.approx((0.5 + 0.005) / 2)
     assert learning_rate(config, 10) == pytest.approx(0.005)
     assert learning_rate(Config(lr=0.5), 7.3) == 0.5
+
+
+def test_warm_up_rises_linearly():
+    config = Config(lr=0.5, warmup=2)
+    assert [learning_rate(config, epoch) for epoch in (0, 1, 2, 9)] == pytest.approx([0.00025, 0.25025, 0.5, 0.5])
+
+
+def test_precision_of_training(monkeypatch):
+    assert training_precision("fp16", CPU) == torch.float16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert training_precision("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert training_precision("auto", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_either_precision_learns_with_clipping_and_warm_up(tmp_path, data, amp):
+    result = run(tmp_path, data, replace(CONFIG, epochs=25, lr=5e-3, patience=25, amp=amp, clip=1.0, warmup=1))
+    assert result.best_dice > 0.8
 
 
 def test_order_is_a_permutation_that_changes_with_the_epoch():

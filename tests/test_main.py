@@ -1,0 +1,298 @@
+"""The commands as a user runs them: a whole small experiment, reuse, refusal, every error line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, command, process, write_pairs
+from PIL import Image
+
+from dataset import ISIC_IMAGES, ISIC_MASKS
+from fusion import Fusion, Linear
+from storage import MAP_ARRAYS
+from train import load_model
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    files = ("config.json", "metrics.json", "per_image.csv", "training_log.csv", "calibration.npz", "weights/best_model.pth")
+    figures = (f"figures/{name}.png" for name in ("cases", "reliability", "lambda_curve", "training"))
+    for name in (*files, *figures):
+        assert (finished / name).is_file(), name
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["schema_version"] == 1
+    assert metrics["synthetic"] is False
+    assert metrics["lambda"] in [k / 10 for k in range(11)]
+    assert len(metrics["validation"]["foreground_ece_by_lambda"]) == 11
+    assert set(metrics["test"]["foreground_ece"]) == {"predictive_variance", "saliency_variance", "fused"}
+    # 24 ids: 5 test, 3 of the remaining 19 validation
+    assert (metrics["validation"]["images"], metrics["test"]["images"]) == (3, 5)
+    for part, count in (("validation", 3), ("test", 5)):
+        files = sorted((finished / "uncertainty_maps" / part).iterdir())
+        assert len(files) == count
+        for path in files:
+            with np.load(path, allow_pickle=False) as maps:
+                for key, kind in MAP_ARRAYS.items():
+                    assert (maps[key].dtype, maps[key].shape) == (kind, (32, 32))
+    with open(finished / "per_image.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 5
+    checkpoint = torch.load(finished / "weights" / "best_model.pth", weights_only=True)
+    assert checkpoint["options"]["width"] == 4
+    load_model(finished / "weights" / "best_model.pth", torch.device("cpu"))
+
+
+def test_metrics_follow_from_the_saved_maps(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    maps = {part: [np.load(path) for path in sorted((finished / "uncertainty_maps" / part).iterdir())]
+            for part in ("validation", "test")}
+    for key in ("pred_variance", "saliency_variance"):
+        values = np.concatenate([m[key].ravel() for m in maps["validation"]])
+        assert metrics["normalisation"][key] == [float(values.min()), float(values.max())]
+    fused = Fusion(*(Linear(*metrics["normalisation"][key]) for key in ("pred_variance", "saliency_variance")),
+                   "convex", metrics["lambda"])
+    dices, jaccards = [], []
+    for m in maps["test"]:
+        expected = fused(torch.from_numpy(m["pred_variance"]), torch.from_numpy(m["saliency_variance"])).numpy()
+        np.testing.assert_array_equal(m["fused_score"], expected)
+        predicted, truth = m["mean_prediction"] > 0.5, m["true_mask"] == 1
+        both, either = (predicted & truth).sum(), (predicted | truth).sum()
+        dices.append(2 * both / (predicted.sum() + truth.sum()))
+        jaccards.append(both / either)
+    assert metrics["test"]["dice"] == pytest.approx(np.mean(dices), abs=1e-12)
+    assert metrics["test"]["jaccard"] == pytest.approx(np.mean(jaccards), abs=1e-12)
+    # foreground ECE of the fused score by the plainest loop there is
+    confidence = np.concatenate([1 - m["fused_score"][m["true_mask"] == 1].astype(float) for m in maps["test"]])
+    correct = np.concatenate([(m["mean_prediction"] > 0.5)[m["true_mask"] == 1] for m in maps["test"]])
+    ece = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15) | ((confidence == 0) & (b == 0))
+        if inside.any():
+            ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert metrics["test"]["foreground_ece"]["fused"] == pytest.approx(ece, abs=1e-7)
+
+
+def test_the_printed_table_says_what_metrics_hold(finished):
+    text = (finished.parent / "stdout.txt").read_text()
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for value in metrics["test"]["foreground_ece"].values():
+        assert f"{value:.4f}" in text
+    assert metrics["verdict"] in text
+    assert str(finished) in text
+
+
+def _run_again(finished: Path, tiny: Path, *flags: object):
+    return command("--data", tiny, "--results", finished, "--cache", finished.parent / "cache", *TINY_FLAGS, *flags,
+                   cwd=finished.parent)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished.parent / "cache", tmp_path / "cache")
+    return tmp_path / "run"
+
+
+def _numbers(run: Path) -> dict:
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["minutes"]
+    return metrics
+
+
+def test_a_second_run_reuses_weights_and_maps_and_a_lost_map_is_made_again(copied, finished, tiny):
+    stamps = {path: path.stat().st_mtime_ns for path in copied.glob("*/*.pth")}
+    stamps |= {path: path.stat().st_mtime_ns for path in copied.glob("*/*/*.npz")}
+    lost = sorted(path for path in stamps if path.parent.name == "test")[1]
+    before = lost.read_bytes()
+    lost.unlink()
+    broken = sorted(path for path in stamps if path.parent.name == "validation")[0]
+    broken.write_bytes(b"half a fi")
+    outcome = _run_again(copied, tiny)
+    assert outcome.returncode == 0, outcome.stderr
+    assert lost.read_bytes() == before
+    for path, stamp in stamps.items():
+        if path not in (lost, broken):
+            assert path.stat().st_mtime_ns == stamp, path
+    assert _numbers(copied) == _numbers(finished)
+
+
+def test_another_configuration_is_refused_with_the_difference_named(copied, tiny):
+    outcome = _run_again(copied, tiny, "--passes", 4)
+    assert outcome.returncode == 2
+    assert "passes was 3 and is now 4" in outcome.stderr
+    assert "--fresh" in outcome.stderr
+    outcome = _run_again(copied, tiny, "--passes", 4, "--fresh")
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads((copied / "config.json").read_text())["configuration"]["passes"] == 4
+
+
+def test_the_script_itself(finished, tiny, tmp_path):
+    running = process("--data", tiny, "--results", tmp_path / "run", "--cache", tmp_path / "cache", *TINY_FLAGS, cwd=tmp_path)
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert _numbers(tmp_path / "run") == _numbers(finished)  # the same run in another process and folder: the same bits
+    for path in (finished / "uncertainty_maps").rglob("*.npz"):
+        assert (tmp_path / "run" / path.relative_to(finished)).read_bytes() == path.read_bytes()
+    assert "<" in err  # progress bars with the time that remains
+    running = process("--passes", "0", cwd=tmp_path)
+    assert running.communicate(timeout=300)[1] == "error: --passes must be at least 1, not 0\n"
+    assert running.returncode == 2
+
+
+def test_without_data_the_run_is_synthetic_and_says_so_everywhere(tmp_path):
+    outcome = command("--synthetic-images", 24, *TINY_FLAGS, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "SYNTHETIC LESIONS" in outcome.stdout.split("training")[0]
+    run = tmp_path / "results" / "synthetic"
+    assert json.loads((run / "metrics.json").read_text())["synthetic"] is True
+    assert json.loads((run / "config.json").read_text())["synthetic"] is True
+    assert len(list((tmp_path / "data" / "synthetic-24" / ISIC_IMAGES).glob("ISIC_*.jpg"))) == 24
+
+
+def test_other_names_and_modes_work(tmp_path):
+    source = write_pairs(tmp_path / "source", 12)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "m").mkdir()
+    for index, path in enumerate(sorted((source / ISIC_IMAGES).iterdir())):
+        image = Image.open(path).convert(["RGB", "L", "RGBA", "P"][index % 4])
+        image.save(tmp_path / "p" / f"polyp {index}.png")
+        mask = Image.open(source / ISIC_MASKS / f"{path.stem}_segmentation.png").point(lambda v: v // 255)
+        mask.save(tmp_path / "m" / f"polyp {index}{['', '_mask', '_lesion'][index % 3]}.png")
+    outcome = command("--images", "p", "--masks", "m", *TINY_FLAGS, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "results" / "p-quick" / "metrics.json").is_file()
+
+
+# ---------------------------------------------------------------- the error lines
+
+
+def _damage(root: Path, what: str) -> None:
+    images, masks = root / ISIC_IMAGES, root / ISIC_MASKS
+    image, mask = images / "ISIC_0000003.jpg", masks / "ISIC_0000003_segmentation.png"
+    if what == "no mask":
+        mask.unlink()
+    elif what == "truncated":
+        image.write_bytes(image.read_bytes()[:500])
+    elif what == "sizes":
+        Image.new("L", (7, 9), 255).save(mask)
+    elif what == "empty":
+        Image.new("L", (48, 40), 0).save(mask)
+    elif what == "no pairs":
+        shutil.rmtree(images)
+        images.mkdir()
+    elif what == "few":
+        for path in sorted(images.iterdir())[2:]:
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no mask", "ISIC_0000003.jpg has no mask"),
+        ("truncated", "cannot decode"),
+        ("sizes", "48 x 40 but its mask ISIC_0000003_segmentation.png is 7 x 9"),
+        ("empty", "ISIC_0000003_segmentation.png is empty"),
+        ("no pairs", "no image files"),
+        ("few", "2 images are too few to split"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_2(tmp_path, what, message):
+    _damage(write_pairs(tmp_path / "d", 10), what)
+    outcome = command("--data", tmp_path / "d", *TINY_FLAGS, cwd=tmp_path)
+    _is_one_line(outcome, message)
+    assert not (tmp_path / "results" / "d-quick" / "metrics.json").exists()
+
+
+def _is_one_line(outcome, message: str) -> None:
+    assert outcome.returncode == 2, outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    complaint = [line for line in outcome.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(complaint) == 1
+    assert message in complaint[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data", "nowhere"), "nowhere does not exist"),
+        (("--images", "nowhere", "--masks", "nowhere"), "folder nowhere does not exist"),
+        (("--passes", "0"), "--passes must be at least 1"),
+        (("--device", "cuda:7"), "CUDA device"),
+        (("--device", "tpu"), "--device must be"),
+        (("--results", "file/below"), "cannot write to file/below"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, tiny, flags, message):
+    (tmp_path / "file").write_text("")
+    data = () if {"--data", "--images"} & set(flags) else ("--data", tiny)
+    _is_one_line(command(*data, *flags, cwd=tmp_path), message)
+
+
+def test_a_named_dataset_is_never_replaced_by_synthetic_lesions(tmp_path):
+    (tmp_path / "data" / "ISIC2018").mkdir(parents=True)  # there, but not filled
+    outcome = command(*TINY_FLAGS, cwd=tmp_path)
+    _is_one_line(outcome, f"has no folder {ISIC_IMAGES}")
+    assert "SYNTHETIC" not in outcome.stdout
+
+
+# ---------------------------------------------------------------- visualize.py
+
+
+def test_visualize_before_any_run(tmp_path):
+    _is_one_line(command(script="visualize.py", cwd=tmp_path), "run main.py first")
+
+
+def test_visualize_draws_a_random_case_and_says_how_to_draw_it_again(finished, tmp_path):
+    first = command("--run", finished, "--output", "a.png", script="visualize.py", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    seed = first.stdout.split("--seed ")[1].split()[0]
+    again = command("--run", finished, "--seed", seed, "--output", "b.png", script="visualize.py", cwd=tmp_path)
+    assert first.stdout.splitlines()[0] == again.stdout.splitlines()[0]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").width > 2000
+
+
+def test_visualize_by_id_and_for_any_picture(finished, tiny, tmp_path):
+    outcome = command("--run", finished, "--id", "ISIC_0000007", "--output", "a.svg", script="visualize.py", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "ISIC_0000007" in (tmp_path / "a.svg").read_text()
+    picture = tmp_path / "my picture.png"
+    Image.new("RGB", (50, 70), (200, 150, 140)).save(picture)
+    outcome = command("--run", finished, "--image", picture, "--output", "b.png", script="visualize.py", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "Dice" not in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--id", "no such id"), "there is no image no such id"),
+        (("--image", "missing.png"), "missing.png is not a readable file"),
+        (("--output", "x.docx"), "cannot draw a picture of type .docx"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--id", "a", "--image", "b"), "not both"),
+        (("--run", "elsewhere"), "elsewhere"),
+    ],
+)
+def test_visualize_errors_are_one_line(finished, tmp_path, flags, message):
+    run = () if "--run" in flags else ("--run", finished)
+    _is_one_line(command(*run, *flags, script="visualize.py", cwd=tmp_path), message)
+
+
+def test_visualize_shows_the_maps_that_the_run_saved(finished):
+    import visualize
+    from dataset import find_pairs
+
+    record = json.loads((finished / "config.json").read_text())
+    pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]))}
+    id = record["split"]["test"][2]
+    case, _, _ = visualize.compute_case(finished, pairs[id], pairs[id].image, id, torch.device("cpu"))
+    with np.load(finished / "uncertainty_maps" / "test" / f"{id}.npz") as saved:
+        for key in ("mean_prediction", "pred_variance", "saliency_variance", "fused_score"):
+            np.testing.assert_array_equal(case.maps[key], saved[key])
+        np.testing.assert_array_equal(case.truth, saved["true_mask"])
