@@ -21,7 +21,6 @@ import torch
 
 ATOMS = ("true_negative", "false_positive", "false_negative", "true_positive")
 CORRECT = (0, 3)  # atoms whose predicted label equals the truth
-WRONG = (1, 2)
 REGIONS = {
     "foreground": (2, 3),  # ground-truth lesion: the headline region
     "predicted_foreground": (1, 3),
@@ -115,10 +114,10 @@ def count_confidence(
 def _tally_by_bincount(slot: torch.Tensor, scaled: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts and sums (S, slots) from one weighted bincount, on a CPU; fewer than 2**14 pixels.
 
-    Two tricks. A weight of ``2**38 + m`` carries the count above the sum, m being at most 2**24: for fewer than
-    2**14 pixels the two cannot run into each other, and their total stays below 2**52, exact in float64. And when
-    most pixels share one bin, each addition waits for the one before it to reach memory; neighbouring pixels
-    therefore use different copies ("lanes") of the counters.
+    Two tricks. A weight of ``2**38 + m`` carries the count above the sum, m being at most 2**24: for fewer
+    than 2**14 pixels the two cannot run into each other, and their total stays below 2**52, exact in
+    float64. And when most pixels share one bin, each addition waits for the one before it to reach
+    memory; neighbouring pixels therefore use different copies ("lanes") of the counters.
     """
     scores, pixels = slot.shape
     slot += _lanes(scores, slots, slot.dtype)[:, :pixels]

@@ -18,7 +18,7 @@ import torch
 
 from calibration import ATOMS, CORRECT, atoms, check_unit_interval, confidence_sum, count_confidence
 from fusion import PREDICTIVE, SALIENCY, Fusion, check_variance, convex_curve, fuse
-from ranking import FINE_CELLS, add_histogram, fine_cell
+from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_table
 
 SCORES = (
     "predictive_variance",
@@ -135,21 +135,22 @@ def merge(parts) -> Counters:
         repeated = next(identifier for index, identifier in enumerate(ids) if identifier in ids[:index])
         raise ValueError(f"image {repeated} was counted twice")
     order = np.argsort(np.array(ids, dtype=str), kind="stable")
-    images = {name: np.concatenate([part.images[name] for part in parts])[order] for name in first.images}
+    in_order = np.array_equal(order, np.arange(len(ids)))
+    images = {}
+    for name in first.images:  # without the copies that are not needed: these arrays are what takes the memory
+        values = [part.images[name] for part in parts]
+        joined = values[0] if len(values) == 1 else np.concatenate(values)
+        images[name] = joined if in_order else joined[order]
     pooled = {name: sum(part.pooled[name] for part in parts) for name in first.pooled}
-    return Counters(
-        tuple(ids[index] for index in order), first.scores, first.lambdas, first.bins, images, pooled, first.edges
-    )
+    return Counters(tuple(ids[index] for index in order), first.scores, first.lambdas, first.bins, images, pooled, first.edges)
 
 
 def count_curve(images, fusion: Fusion, lambdas: tuple, bins: int = 15) -> Counters:
     """Counters of the lambda curve alone: ground-truth foreground, convex fusion of the normalised variances."""
-    ids, rows = [], []
+    rows = Rows()
     for identifier, maps in images:
-        flat = checked_maps(identifier, maps)
-        ids.append(str(identifier))
-        rows.append(_curve_of_image(flat, fusion, lambdas, bins))
-    return assemble(ids, (), lambdas, bins, rows)
+        rows.add(identifier, _curve_of_image(checked_maps(identifier, maps), fusion, lambdas, bins))
+    return rows.counters((), lambdas, bins)
 
 
 def count_scores(images, fusion: Fusion, lambdas: tuple, bins: int = 15, edges: np.ndarray | None = None) -> Counters:
@@ -165,34 +166,61 @@ def count_scores(images, fusion: Fusion, lambdas: tuple, bins: int = 15, edges: 
     Raises:
         ValueError: NaN, an infinite value or one out of range, naming image and map; different shapes.
     """
-    ids, rows, fine, names, lookup = [], [], None, None, None
+    rows, fine, names, lookup = Rows(), None, (), None
     for identifier, maps in images:
         flat = checked_maps(identifier, maps)
         row = _curve_of_image(flat, fusion, lambdas, bins)
         present = tuple(name for name in SCORES if name != "mutual_information" or "expected_entropy" in flat)
-        if names is None:
+        if not names:
             names = present
             device = flat["mean_prediction"].device
             fine = torch.zeros(len(names) * len(ATOMS) * FINE_CELLS, dtype=torch.int64, device=device)
             if edges is not None:
-                lookup = _cell_of_fine_cell(edges).to(device)
+                lookup = quantile_table(edges).to(device)
         elif names != present:
             raise ValueError(f"{identifier}: expected_entropy is present in some images only")
         row.update(_scores_of_image(flat, fusion, bins, fine, lookup, 0 if edges is None else edges.shape[1] + 1))
         row["empty_cams"] = np.int64(maps.get("empty_cams", -1))
-        ids.append(str(identifier))
-        rows.append(row)
+        rows.add(identifier, row)
     pooled = {} if fine is None else {"fine": fine.view(len(names), len(ATOMS), FINE_CELLS).cpu().numpy()}
-    return assemble(ids, names or (), lambdas, bins, rows, pooled, edges)
+    return rows.counters(names, lambdas, bins, pooled, edges)
 
 
-def assemble(ids, names, lambdas, bins, rows, pooled=None, edges=None) -> Counters:
-    """Counters from one dictionary of arrays an image."""
-    if not rows:
-        raise ValueError("no image to count")
-    images = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    edges = np.zeros((0, 0), dtype=np.int64) if edges is None else edges
-    return merge([Counters(tuple(ids), tuple(names), tuple(lambdas), bins, images, pooled or {}, edges)])
+class Rows:
+    """Arrays of one image after the other, kept in blocks of many images.
+
+    Kept one by one, they would lie scattered between the temporaries of the counting, which then find no
+    room among them: the memory of the process would grow several times faster than the counters.
+    """
+
+    BLOCK = 256
+
+    def __init__(self):
+        self.ids = []
+        self.blocks = {}
+
+    def add(self, identifier, row: dict) -> None:
+        """Append the arrays of one image; the names and shapes are those of the first one."""
+        place = len(self.ids) % self.BLOCK
+        self.ids.append(str(identifier))
+        for name, value in row.items():
+            value = np.asarray(value)
+            blocks = self.blocks.setdefault(name, [])
+            if place == 0:
+                blocks.append(np.empty((self.BLOCK,) + value.shape, dtype=value.dtype))
+            blocks[-1][place] = value
+
+    def counters(self, scores=(), lambdas=(), bins=0, pooled=None, edges=None) -> Counters:
+        """All of them as counters, once: the blocks are given up. ValueError where there is none."""
+        if not self.ids:
+            raise ValueError("no image to count")
+        last = (len(self.ids) - 1) % self.BLOCK + 1
+        images = {}
+        for name in tuple(self.blocks):
+            blocks = self.blocks.pop(name)
+            images[name] = np.concatenate(blocks[:-1] + [blocks[-1][:last]])
+        edges = np.zeros((0, 0), dtype=np.int64) if edges is None else edges
+        return merge([Counters(tuple(self.ids), tuple(scores), tuple(lambdas), bins, images, pooled or {}, edges)])
 
 
 def checked_maps(identifier, maps: dict) -> dict:
@@ -270,9 +298,3 @@ def _losses(scores: torch.Tensor, correct: bool, dtype: torch.dtype) -> tuple[to
     truth = confidence if correct else 1.0 - confidence  # probability given to what is the case; exact
     squared = (1.0 - truth).square_().sum(1, dtype=dtype)
     return squared, truth.clamp_(min=LOG_LOSS_EPSILON).log_().sum(1, dtype=dtype).neg_()
-
-
-def _cell_of_fine_cell(edges: np.ndarray) -> torch.Tensor:
-    """Lookup table (S, F): the quantile cell of every fine cell."""
-    fine = np.arange(FINE_CELLS)
-    return torch.from_numpy(np.stack([np.searchsorted(row, fine, side="left") for row in edges]))

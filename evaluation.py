@@ -140,9 +140,7 @@ def per_image(counters: Counters) -> list:
 def mean_uncertainty_of_images(counters: Counters, name: str, region: str) -> np.ndarray:
     """Mean uncertainty of each image over a region, (I,); NaN where the region is empty."""
     score = counters.scores.index(name)
-    count, _, confidence = region_bins(
-        counters.images["count"][:, score], counters.images["confidence"][:, score], region
-    )
+    count, _, confidence = region_bins(counters.images["count"][:, score], counters.images["confidence"][:, score], region)
     with np.errstate(divide="ignore", invalid="ignore"):
         return 1.0 - confidence.sum(-1) / count.sum(-1)
 
@@ -162,9 +160,7 @@ def summary(validation: Counters, test: Counters, fusion: Fusion, *, resamples=1
     curves = {"validation": _curve(validation, resamples, seed), "test": _curve(test, resamples, seed)}
     sentence = {"raw": verdict_sentence(fusion.parameter, errors, point, samples, position, len(test.ids), "raw")}
     for method in METHODS:
-        sentence[method] = verdict_sentence(
-            fusion.parameter, errors, point, samples, position, len(test.ids), method
-        )
+        sentence[method] = verdict_sentence(fusion.parameter, errors, point, samples, position, len(test.ids), method)
     result = {
         "schema_version": SCHEMA_VERSION,
         "verdict": sentence["raw"],
@@ -186,9 +182,7 @@ def summary(validation: Counters, test: Counters, fusion: Fusion, *, resamples=1
                 for first, second in pairs
             },
             **curves["test"],
-            "regions": {
-                region: _region(region, test, point, samples, position) for region in REGIONS
-            },
+            "regions": {region: _region(region, test, point, samples, position) for region in REGIONS},
             "ranking_of_images": ranking_of_images(test, resamples, seed),
         },
     }
@@ -200,9 +194,7 @@ def _overlaps(counters: Counters, resamples: int, seed: int) -> dict:
     dice, jaccard = overlap(confusion(counters))
     thresholded = np.where(jaccard < ISIC_THRESHOLD, 0.0, jaccard)
     means = np.stack([dice, jaccard, thresholded], 1)
-    samples = np.concatenate(
-        [weights @ means / len(means) for weights in bootstrap_weights(len(means), resamples, seed)]
-    )
+    samples = np.concatenate([weights @ means / len(means) for weights in bootstrap_weights(len(means), resamples, seed)])
     empty = counters.images["empty_cams"]
     result = {"images": len(counters.ids), "pixels": int(confusion(counters).sum())}
     for index, name in enumerate(("dice", "jaccard", "thresholded_jaccard")):

@@ -136,9 +136,7 @@ def score_table(validation: Counters, test: Counters, resamples: int, seed: int)
     per_image = {name: test.images[name] for name in names}
     per_image["cells"] = per_image["cells"].astype(np.float32)
     point = score_statistics({name: value.sum(0, dtype=float) for name, value in per_image.items()}, recalibration, test.bins)
-    samples = bootstrap(
-        per_image, lambda summed: score_statistics(summed, recalibration, test.bins), resamples, seed, chunk=64
-    )
+    samples = bootstrap(per_image, lambda summed: score_statistics(summed, recalibration, test.bins), resamples, seed, chunk=64)
     for region in REGIONS:
         for name, exact in ranking_measures(*split_region(test.pooled["fine"], region)).items():
             key = (region, "raw", name)

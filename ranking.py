@@ -69,6 +69,11 @@ def _share(histogram: np.ndarray) -> np.ndarray:
     return histogram / np.maximum(histogram.sum(-1, keepdims=True), 1e-300)
 
 
+def quantile_table(edges: np.ndarray) -> torch.Tensor:
+    """The quantile cell of every fine cell, (S, F) int64, from edges (S, Q - 1)."""
+    return torch.from_numpy(np.stack([np.searchsorted(row, np.arange(FINE_CELLS)) for row in edges]))
+
+
 def pool_cells(fine: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Fine histograms (..., F) added up to quantile cells (..., Q); `edges` (Q - 1,) of that score."""
     cumulated = np.concatenate([np.zeros(fine.shape[:-1] + (1,)), np.cumsum(fine, -1)], -1)

@@ -24,7 +24,7 @@ from calibration import (
     jsonable,
     verdict,
 )
-from counters import Counters, assemble, checked_maps, pieces
+from counters import Counters, Rows, checked_maps, pieces
 from fusion import (
     NORMALISATIONS,
     PREDICTIVE,
@@ -38,7 +38,7 @@ from fusion import (
     fuse,
     lambda_grid,
 )
-from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_edges
+from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_edges, quantile_table
 
 BASELINE = "predictive"
 
@@ -63,7 +63,7 @@ def candidate_fusions(validation, found: dict, lambdas: tuple) -> list:
 
 def count_fusions(images, candidates: list, bins: int = 15) -> Counters:
     """Foreground counters of every candidate: `fusion_count`, `fusion_confidence` (I, C, 2, B), wrong and correct."""
-    ids, rows = [], []
+    rows = Rows()
     for identifier, maps in images:
         flat = checked_maps(identifier, maps)
         inside = flat["true_mask"].nonzero().view(-1)
@@ -76,9 +76,8 @@ def count_fusions(images, candidates: list, bins: int = 15) -> Counters:
             here_count, here_total = count_confidence(scores, correct[piece], 2, bins)
             count += here_count
             total += here_total
-        ids.append(str(identifier))
-        rows.append({"fusion_count": count.numpy(), "fusion_confidence": confidence_sum(total).numpy()})
-    return assemble(ids, tuple(str(index) for index in range(len(candidates))), (), bins, rows)
+        rows.add(identifier, {"fusion_count": count.numpy(), "fusion_confidence": confidence_sum(total).numpy()})
+    return rows.counters([str(index) for index in range(len(candidates))], bins=bins)
 
 
 def _fused_scores(pred_variance: torch.Tensor, saliency_variance: torch.Tensor, candidates: list) -> torch.Tensor:
@@ -215,13 +214,14 @@ def count_error_models(images, models: ErrorModels, edges: np.ndarray | None = N
     """
     names = [f"{region}/{model}" for region in REGIONS for model in MODELS]
     cells = 0 if edges is None else edges.shape[1] + 1
-    ids, rows, fine = [], [], None
+    rows, fine, lookup = Rows(), None, None
     for identifier, maps in images:
         flat = checked_maps(identifier, maps)
         device = flat["mean_prediction"].device
         accurate = torch.float32 if device.type == "mps" else torch.float64
         if fine is None:
             fine = torch.zeros(len(names) * 2 * FINE_CELLS, dtype=torch.int64, device=device)
+            lookup = quantile_table(edges).to(device) if cells else None
         row = {"model_log_loss": np.zeros(len(names)), "model_pixels": np.zeros((len(names), 2), dtype=np.int64)}
         histogram = np.zeros((len(names), 2, cells), dtype=np.int32)
         for piece in pieces(len(flat["mean_prediction"]), device):
@@ -241,16 +241,14 @@ def count_error_models(images, models: ErrorModels, edges: np.ndarray | None = N
                 cell = fine_cell(torch.sigmoid(logit))
                 add_histogram(fine, (position * 2 + wrong) * FINE_CELLS + cell)
                 if cells:
-                    lookup = torch.from_numpy(np.searchsorted(edges[position], np.arange(FINE_CELLS))).to(device)
                     counts = torch.zeros(2 * cells, dtype=torch.int64, device=device)
-                    add_histogram(counts, wrong * cells + lookup[cell])
+                    add_histogram(counts, wrong * cells + lookup[position][cell])
                     histogram[position] += counts.view(2, cells).cpu().numpy().astype(np.int32)
         if cells:
             row["model_cells"] = histogram
-        ids.append(str(identifier))
-        rows.append(row)
+        rows.add(identifier, row)
     pooled = {} if fine is None else {"model_fine": fine.view(len(names), 2, FINE_CELLS).cpu().numpy()}
-    return assemble(ids, tuple(names), (), 0, rows, pooled, edges)
+    return rows.counters(names, pooled=pooled, edges=edges)
 
 
 def model_edges(validation: Counters, cells: int = 256) -> np.ndarray:
@@ -281,8 +279,7 @@ def added_value(models: ErrorModels, test: Counters, resamples=10_000, seed=42) 
         for model in MODELS:
             index = position[f"{region}/{model}"]
             result[region]["models"][model] = {
-                measure: {"value": point[measure][index], "interval": interval(samples[measure][:, index])}
-                for measure in point
+                measure: {"value": point[measure][index], "interval": interval(samples[measure][:, index])} for measure in point
             }
             result[region]["models"][model]["coefficients"] = models.coefficients[region, model]
         for first, second in PAIRS:

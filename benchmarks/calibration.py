@@ -173,9 +173,7 @@ def one_bin(pixels: int = 40_000_000) -> list:
         total += int((confidence[-1].astype(np.float64) * 2**24).astype(np.int64).sum())  # whole numbers
         right += int(truth.sum())
     exact = abs(right - total / 2**24) / pixels
-    ours = expected_calibration_error(
-        counts[0].sum(0).numpy(), counts[0, 1].numpy(), confidence_sum(sums)[0].sum(0).numpy()
-    )
+    ours = expected_calibration_error(counts[0].sum(0).numpy(), counts[0, 1].numpy(), confidence_sum(sums)[0].sum(0).numpy())
     return [exact, float(ours), torchmetrics_error(np.concatenate(confidence), np.concatenate(correct))]
 
 

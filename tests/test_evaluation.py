@@ -67,7 +67,9 @@ def test_protocol_from_the_formulas(splits, found):
     assert metrics["lambda"] == lam == found.fusion.parameter
     errors = metrics["test"]["foreground_ece"]
     assert errors["predictive_variance"] == pytest.approx(slow_foreground_error(test, {"pred_variance": 1}, constants), abs=1e-6)
-    assert errors["saliency_variance"] == pytest.approx(slow_foreground_error(test, {"saliency_variance": 1}, constants), abs=1e-6)
+    assert errors["saliency_variance"] == pytest.approx(
+        slow_foreground_error(test, {"saliency_variance": 1}, constants), abs=1e-6
+    )
     weights = {"pred_variance": lam, "saliency_variance": 1 - lam}
     assert errors["fused"] == pytest.approx(slow_foreground_error(test, weights, constants), abs=1e-6)
     assert metrics["schema_version"] == 1
@@ -156,9 +158,7 @@ def test_metrics_are_strict_json(found):
 
 
 def test_verdict_when_saliency_is_informative():
-    found = evaluate(
-        constructed_images(15, "informative", seed=1), constructed_images(30, "informative", seed=2), resamples=1000
-    )
+    found = evaluate(constructed_images(15, "informative", seed=1), constructed_images(30, "informative", seed=2), resamples=1000)
     assert found.metrics["lambda"] == 0.5
     assert found.metrics["test"]["foreground_ece"]["predictive_variance"] == pytest.approx(1 / 8, abs=0.01)
     difference = found.metrics["test"]["foreground_ece_difference"]["fused_minus_predictive_variance"]
@@ -177,9 +177,7 @@ def test_verdict_when_saliency_is_noise():
 
 
 def test_verdict_when_validation_misleads():
-    found = evaluate(
-        constructed_images(15, "informative", seed=1), constructed_images(30, "noise", seed=2), resamples=1000
-    )
+    found = evaluate(constructed_images(15, "informative", seed=1), constructed_images(30, "noise", seed=2), resamples=1000)
     difference = found.metrics["test"]["foreground_ece_difference"]["fused_minus_predictive_variance"]
     assert difference["verdict"] == "degrades" and difference["interval"][0] > 0
     assert found.metrics["verdict"].startswith("Fusing at lambda = 0.5 degrades")

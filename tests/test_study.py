@@ -64,9 +64,9 @@ def test_saliency_adds_something_where_it_is_informative(informative):
 
 
 def test_saliency_adds_nothing_where_it_is_noise():
-    found = run_study(
-        constructed_images(10, "noise", seed=3), constructed_images(20, "noise", seed=4), resamples=300
-    )["added_value"]
+    found = run_study(constructed_images(10, "noise", seed=3), constructed_images(20, "noise", seed=4), resamples=300)[
+        "added_value"
+    ]
     for region in REGIONS:
         difference = found[region]["difference"]["with_minus_without"]
         assert difference["auroc"]["verdict"] != "improves" or difference["auroc"]["value"] < 0.005
