@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 import evaluation
 import visualize
-from config import QUICK, Config, parse_config, resolve_device
-from counters import count_scores
+from config import QUICK, Config, parse_config
+from counters import Counters, count_scores, merge
 from dataset import (
     DecodedPairs,
     Split,
@@ -38,6 +39,7 @@ from dataset import (
 )
 from fusion import Fusion, lambda_grid
 from model import UNet
+from processes import Processes, is_first, process_group
 from storage import (
     MAP_ARRAYS,
     FolderLock,
@@ -80,15 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_config(argv, __doc__))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
+        say("\nstopped; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
         return 130
     except _Terminated:
-        print("\nterminated; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
+        say("\nterminated; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
         return 143
     return 0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print, in the first process only."""
+    if is_first():
+        print(text, file=file)
+
+
+def bar(description: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """A progress bar, in the first process only."""
+    return tqdm(desc=description, total=total, unit=unit, initial=initial, smoothing=0.05, disable=not is_first())
 
 
 class _Terminated(Exception):
@@ -102,25 +115,36 @@ def _stop(signum: int, frame: object) -> None:
 def run(config: Config) -> dict[str, Any]:
     """The whole experiment; returns what ``metrics.json`` holds."""
     started = time.perf_counter()
-    device = resolve_device(config.device)
-    config, source = find_source(config)
-    results = Path(config.results or RESULTS / (source.name + ("-quick" if config.quick and not source.synthetic else "")))
-    with FolderLock(results):
-        pairs, split = prepare_data(config, source)
-        identity = claim_results(results, config, source, pairs, split, device)
-        model = train_model(config, pairs, split, device, results, identity)
-        identity = fingerprint([identity, weights_fingerprint(model)])
+    with process_group(config.device) as group:
+        config, source = group.shared(lambda: find_source(config))
+        results = Path(config.results or RESULTS / (source.name + ("-quick" if config.quick and not source.synthetic else "")))
+        with FolderLock(results) if group.first else nullcontext():
+            pairs, split = prepare_data(config, source, group)
+            identity = group.shared(lambda: claim_results(results, config, source, pairs, split, group.device))
+            model = train_model(config, pairs, split, group, results, identity)
+            identity = fingerprint([identity, weights_fingerprint(model)])
 
-        validation = make_maps(config, model, pairs, split.validation, device, results, "validation", identity)
-        fusion = evaluation.tune(validation, bins=config.bins, lambdas=config.lambda_steps + 1)
-        test = make_maps(config, model, pairs, split.test, device, results, "test", identity, fusion)
-        validation.add_fused_scores(fusion, identity)
+            validation = make_maps(config, model, pairs, split.validation, group, results, "validation", identity)
+            fusion = group.shared(lambda: evaluation.tune(validation, bins=config.bins, lambdas=config.lambda_steps + 1))
+            test = make_maps(config, model, pairs, split.test, group, results, "test", identity, fusion)
+            validation.add_fused_scores(fusion, identity, group)
 
-        metrics, rows = evaluate(config, validation, test, fusion)
-        metrics = {**metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60}
-        write_csv(results / "per_image.csv", rows)
-        draw_figures(config, metrics, pairs, test, results)
-        write_json(results / "metrics.json", metrics)  # last: its presence says that the run is finished
+            counted, tested = count(config, validation, test, fusion, group)
+            return group.shared(
+                lambda: finish(config, source, pairs, validation, test, fusion, counted, tested, results, started)
+            )
+
+
+def finish(
+    config: Config, source: Source, pairs: DecodedPairs, validation: SavedMaps, test: SavedMaps, fusion: Fusion,
+    counted: Counters, tested: Counters, results: Path, started: float,
+) -> dict[str, Any]:
+    """From the counts to every number, table and picture; the first process does it alone."""
+    metrics, rows = evaluate(config, validation, test, fusion, counted, tested, results)
+    metrics = {**metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60}
+    write_csv(results / "per_image.csv", rows)
+    draw_figures(config, metrics, pairs, test, results)
+    write_json(results / "metrics.json", metrics)  # last: its presence says that the run is finished
     report(metrics, results, source)
     return metrics
 
@@ -139,20 +163,26 @@ def find_source(config: Config) -> tuple[Config, Source]:
         root = Path(config.data or DATA / "ISIC2018")
         return config, Source(root.resolve().name.lower(), *isic_folders(root), False)
     config = config.with_preset({**QUICK, "epochs": 12})  # few images: more epochs
-    print(SYNTHETIC_BANNER)
+    say(SYNTHETIC_BANNER)
     root = DATA / f"synthetic-{config.synthetic_images}"
-    with tqdm(desc="drawing synthetic lesions", total=config.synthetic_images, unit="image") as bar:
-        write_synthetic_dataset(root, config.synthetic_images, progress=bar.update)
+    with bar("drawing synthetic lesions", config.synthetic_images, "image") as shown:
+        write_synthetic_dataset(root, config.synthetic_images, progress=shown.update)
     return config, Source("synthetic", *isic_folders(root), True)
 
 
-def prepare_data(config: Config, source: Source) -> tuple[DecodedPairs, Split]:
-    """Find, decode and split the pairs."""
+def prepare_data(config: Config, source: Source, group: Processes) -> tuple[DecodedPairs, Split]:
+    """Find, decode and split the pairs; the first process decodes, the others open its cache."""
     found = limit_pairs(find_pairs(source.images, source.masks), config.limit)
     split = split_ids([pair.id for pair in found], config.test_fraction, config.validation_fraction, config.split_seed)
-    with tqdm(desc="decoding images", total=len(found), unit="pair") as bar:
-        pairs = decode_pairs(found, config.image_size, Path(config.cache or DATA / "cache"), bar.update)
-    print(f"{len(found)} images: {len(split.train)} training, {len(split.validation)} validation, {len(split.test)} test")
+    cache = Path(config.cache or DATA / "cache")
+
+    def decode() -> None:
+        with bar("decoding images", len(found), "pair") as shown:
+            decode_pairs(found, config.image_size, cache, shown.update)
+
+    group.shared(decode)
+    pairs = decode_pairs(found, config.image_size, cache)
+    say(f"{len(found)} images: {len(split.train)} training, {len(split.validation)} validation, {len(split.test)} test")
     return pairs, split
 
 
@@ -217,17 +247,17 @@ def versions() -> dict[str, str]:
 
 
 def train_model(
-    config: Config, pairs: DecodedPairs, split: Split, device: torch.device, results: Path, identity: str
+    config: Config, pairs: DecodedPairs, split: Split, group: Processes, results: Path, identity: str
 ) -> UNet:
     """Train, or reuse the weights that this very configuration made from these very data."""
-    with tqdm(desc="training", total=config.epochs * len(split.train), unit="image", smoothing=0.05) as bar:
+    with bar("training", config.epochs * len(split.train), "image") as shown:
 
         def progress(count: int, note: str) -> None:
-            bar.update(count)
-            bar.set_postfix_str(note)
+            shown.update(count)
+            shown.set_postfix_str(note)
 
-        result = train(config, pairs, split.train, split.validation, device, results, identity, progress)
-    print(f"best validation Dice {result.best_dice:.4f} in {len(result.log)} epochs")
+        result = train(config, pairs, split.train, split.validation, group, results, identity, progress)
+    say(f"best validation Dice {result.best_dice:.4f} in {len(result.log)} epochs")
     return result.model
 
 
@@ -252,9 +282,13 @@ class SavedMaps:
                 tensors = {name: torch.from_numpy(maps[name]).to(self.device) for name in need}
                 yield id, {**tensors, "empty_cams": maps["empty_cams"], "threshold": self.threshold}
 
-    def add_fused_scores(self, fusion: Fusion, identity: str) -> None:
+    def shard(self, group: Processes) -> SavedMaps:
+        """The part of the maps that one of several processes works on."""
+        return SavedMaps(self.folder, group.shard(self.ids), self.device, self.threshold)
+
+    def add_fused_scores(self, fusion: Fusion, identity: str, group: Processes) -> None:
         """Complete the files that lack the fused score."""
-        for id in tqdm(self.ids, desc="fusing validation maps", unit="map"):
+        for id in group.shard(self.ids):
             with np.load(self.path(id)) as content:
                 if "fused_score" in content.files:
                     continue
@@ -265,17 +299,21 @@ class SavedMaps:
 
 
 def make_maps(
-    config: Config, model: UNet, pairs: DecodedPairs, ids: Sequence[str], device: torch.device, results: Path,
+    config: Config, model: UNet, pairs: DecodedPairs, ids: Sequence[str], group: Processes, results: Path,
     part: str, identity: str, fusion: Fusion | None = None,
 ) -> SavedMaps:
-    """Make the maps of one part that are not there yet, and save each as soon as it is finished."""
+    """Make the maps of one part that are not there yet, and save each as soon as it is finished.
+
+    The processes of a group share the images; a map is the same whoever makes it.
+    """
+    device = group.device
     saved = SavedMaps(results / "uncertainty_maps" / part, ids, device, config.threshold)
     missing = [id for id in ids if not _is_current(saved.path(id), identity, complete=fusion is not None)]
-    group = 1 if device.type == "cpu" else config.batch_size
-    with tqdm(desc=f"maps of the {part} images", total=len(ids), initial=len(ids) - len(missing), unit="map") as bar, \
-            ThreadPoolExecutor(2) as writer:
+    group.gathered(None)  # all have looked before anyone writes
+    together = 1 if device.type == "cpu" else config.batch_size
+    with bar(f"maps of the {part} images", len(ids), "map", len(ids) - len(missing)) as shown, ThreadPoolExecutor(2) as writer:
         pending: list[Future] = []
-        for names, images, masks in batches(pairs, missing, group, device):
+        for names, images, masks in batches(pairs, group.shard(missing), together, device):
             maps = uncertainty_maps(
                 model, images, target_layer=getattr(model, config.target_layer), passes=config.passes,
                 seed=config.seed, image_ids=names,
@@ -292,11 +330,12 @@ def make_maps(
             for index, id in enumerate(names):
                 one = {name: values[index] for name, values in arrays.items()}
                 pending.append(writer.submit(write_maps, saved.path(id), one, empty[index], identity))
-            while len(pending) > 4 * group:  # a bounded queue: memory does not grow with a slow disk
+            while len(pending) > 4 * together:  # a bounded queue: memory does not grow with a slow disk
                 pending.pop(0).result()
-            bar.update(len(names))
+            shown.update(min(len(names) * group.world, len(ids) - shown.n))
         for future in pending:
             future.result()
+    group.gathered(None)  # all maps are there before anyone reads them
     return saved
 
 
@@ -314,15 +353,27 @@ def _is_current(path: Path, identity: str, complete: bool) -> bool:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    config: Config, validation: SavedMaps, test: SavedMaps, fusion: Fusion
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Count both parts, and compute every number from the counts."""
+def count(
+    config: Config, validation: SavedMaps, test: SavedMaps, fusion: Fusion, group: Processes
+) -> tuple[Counters, Counters]:
+    """Count the pixels of both parts; the counts of all processes are merged by addition."""
     grid = lambda_grid(config.lambda_steps + 1)
-    counted = count_scores(tqdm(validation, desc="counting validation", total=len(validation.ids)), fusion, grid, config.bins)
-    edges = evaluation.cell_edges(counted)
-    tested = count_scores(tqdm(test, desc="counting test", total=len(test.ids)), fusion, grid, config.bins, edges)
-    with whole_file(validation.folder.parent.parent / "calibration.npz") as stream:
+
+    def counters(part: SavedMaps, edges: np.ndarray | None = None) -> Counters:
+        mine = part.shard(group)
+        shown = tqdm(mine, desc=f"counting {part.folder.name}", total=len(mine.ids), unit="map", disable=not group.first)
+        counted = count_scores(shown, fusion, grid, config.bins, edges) if mine.ids else None
+        return merge([shard for shard in group.gathered(counted) if shard is not None])
+
+    counted = counters(validation)
+    return counted, counters(test, evaluation.cell_edges(counted))
+
+
+def evaluate(
+    config: Config, validation: SavedMaps, test: SavedMaps, fusion: Fusion, counted: Counters, tested: Counters, results: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Save the counts, and compute every number from them: what ``metrics.json`` holds, and a row an image."""
+    with whole_file(results / "calibration.npz") as stream:
         np.savez_compressed(
             stream,
             **{f"{part}/{name}": values for part, counters in (("validation", counted), ("test", tested))
@@ -331,7 +382,7 @@ def evaluate(
     metrics = evaluation.summary(counted, tested, fusion, resamples=config.resamples, seed=config.seed)
     if config.study:
         metrics["study"] = run_study(
-            validation, test, bins=config.bins, lambdas=len(grid), resamples=config.resamples, seed=config.seed
+            validation, test, bins=config.bins, lambdas=config.lambda_steps + 1, resamples=config.resamples, seed=config.seed
         )
     return metrics, evaluation.per_image(tested)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Config
 from dataset import DecodedPairs, TrainingImages, batches, derived_seed, normalise
 from model import UNet
+from processes import Processes, with_group_batch_norm, with_row_dropout
 from storage import UserError, whole_file, write_csv
 
 
@@ -74,19 +76,48 @@ def load_model(path: Path, device: torch.device) -> UNet:
 # ---------------------------------------------------------------- the loop
 
 
-class EpochOrder(Sampler):
-    """Positions of one epoch, shuffled by (seed, epoch), each with its epoch: (epoch, position)."""
+class EpochBatches(Sampler):
+    """The batches of one epoch: lists of (epoch, position), of which each process takes its rows.
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+    Positions are shuffled by (seed, epoch) and cut into global batches of
+    ``batch_size``; a process gets the contiguous part ``rows(step)`` of each, so
+    that the global batches are the same for any number of processes. A last
+    batch of a single image is left out: batch norm has no variance over it.
+
+    Raises:
+        UserError: a batch has fewer images than there are processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
+        edges = [*range(0, length, batch_size), length]
+        self.batches = [(start, stop) for start, stop in zip(edges, edges[1:]) if stop - start > 1]
+        smallest = min((stop - start for start, stop in self.batches), default=0)
+        if smallest < world:
+            raise UserError(
+                f"a training batch has {smallest} images for {world} processes; "
+                "choose another --batch-size, more images or fewer processes"
+            )
+        self.length = length
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def size(self, step: int) -> int:
+        """Images of the global batch of a step."""
+        start, stop = self.batches[step]
+        return stop - start
+
+    def rows(self, step: int) -> slice:
+        """The own part of the global batch of a step; the parts differ in size by one at most."""
+        size = self.size(step)
+        return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
-        for position in torch.randperm(self.length, generator=generator).tolist():
-            yield self.epoch, position
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for step, (start, stop) in enumerate(self.batches):
+            yield [(self.epoch, position) for position in order[start:stop][self.rows(step)]]
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -141,22 +172,23 @@ def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, device: torch.device,
+    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, group: Processes,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Loss a pixel, and mean Dice and Jaccard an image, without dropout."""
+    """Loss a pixel, and mean Dice and Jaccard an image, without dropout; the images are shared by the group."""
     model.eval()
-    # sums and one division at the end: the last batch may be smaller
+    device = group.device
+    # sums, reduced once and divided once: the last batch may be smaller
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     level = math.log(threshold / (1 - threshold))
-    for _, images, masks in batches(pairs, ids, batch_size, device):
+    for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
         dice, jaccard = segmentation_overlap(logits > level, masks)
         sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
-    loss_mean, dice_mean, jaccard_mean = (sums / len(ids)).tolist()
+    loss_mean, dice_mean, jaccard_mean = (group.summed(sums) / len(ids)).tolist()
     return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
 
 
@@ -174,7 +206,7 @@ def train(
     pairs: DecodedPairs,
     train_ids: Sequence[str],
     validation_ids: Sequence[str],
-    device: torch.device,
+    group: Processes,
     results: Path,
     identity: str,
     progress: Callable[[int, str], None] = lambda count, note: None,
@@ -188,18 +220,24 @@ def train(
     of an epoch are seeded by (seed, epoch), the outcome is that of a run that
     was never interrupted.
 
+    Several processes share each global batch of ``batch_size`` images: the
+    gradient, the statistics of batch norm and the dropout masks are those of
+    the whole batch, so their number changes the result by the order of
+    summation alone.
+
     Args:
         config: batch size, learning rate, epochs and so on.
         pairs: the decoded images and masks.
         train_ids, validation_ids: the two parts.
-        device: where to compute.
-        results: folder of the run.
+        group: this process's place among all, and its device.
+        results: folder of the run; rank 0 writes.
         identity: fingerprint of the configuration and data.
         progress: called with finished images and a note.
 
     Raises:
         UserError: the loss is no longer finite, or a file cannot be read or written.
     """
+    device = group.device
     best_path, state_path = results / "weights" / "best_model.pth", results / "weights" / "training_state.pth"
     torch.manual_seed(config.seed)
     model = UNet(config.width, config.dropout, config.upsampling).to(device, memory_format=torch.channels_last)
@@ -214,61 +252,73 @@ def train(
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             done = saved["done"]
-    network = torch.compile(model) if config.compile else model
+    sites = with_row_dropout(model)
+    model = with_group_batch_norm(model, group)
+    network: nn.Module = torch.compile(model) if config.compile else model
+    if group.world > 1:
+        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
-    order = EpochOrder(len(train_ids), config.seed)
+    order = EpochBatches(len(train_ids), config.batch_size, config.seed, group.rank, group.world)
     workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
     loader = DataLoader(
-        TrainingImages(pairs, train_ids, config.augment, config.seed),
-        batch_size=config.batch_size, sampler=order, num_workers=workers,
+        TrainingImages(pairs, train_ids, config.augment, config.seed), batch_sampler=order, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-        # batch norm has no variance over a single image
-        drop_last=len(train_ids) % config.batch_size == 1,
     )
     while done["epoch"] < config.epochs and done["waited"] < config.patience:
-        epoch, started = done["epoch"], time.perf_counter()
+        epoch, started, waited = done["epoch"], time.perf_counter(), 0.0
         order.epoch = epoch
         torch.manual_seed(derived_seed(config.seed, "dropout", epoch))
         model.train()
-        loss_sum = torch.zeros((), device=device)
-        seen = 0
+        losses = []  # of each step, left on the device: no step waits for its own loss
+        asked = time.perf_counter()
         for step, (images, masks) in enumerate(loader):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch + step / len(loader))
+            waited += time.perf_counter() - asked
+            for group_of_parameters in optimizer.param_groups:
+                group_of_parameters["lr"] = learning_rate(config, epoch + step / len(order))
+            for site in sites:
+                site.rows, site.total = order.rows(step), order.size(step)
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
-            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float())
+            # the mean over the global batch; DistributedDataParallel averages over processes, hence ``world``
+            share = len(images) / order.size(step)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * share
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss * group.world).backward()
             if config.clip > 0:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             scaler.step(optimizer)
             scaler.update()
-            loss_sum += loss.detach() * len(images)
-            seen += len(images)
-            progress(len(images), f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
-        training_loss = float(loss_sum) / seen
-        if not math.isfinite(training_loss):
+            losses.append(loss.detach())
+            progress(order.size(step), f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
+            asked = time.perf_counter()
+        by_step = group.summed(torch.stack(losses)).tolist()
+        bad = next((step for step, value in enumerate(by_step) if not math.isfinite(value)), None)
+        if bad is not None:
             raise UserError(
-                f"the training loss is {training_loss} in epoch {epoch + 1}; the best weights so far are kept in "
-                f"{best_path}; lower --lr"
+                f"the training loss is {by_step[bad]} in step {bad + 1} of epoch {epoch + 1}; the best weights so far "
+                f"are kept in {best_path}; lower --lr, or give --clip 1"
             )
-        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, device, precision)
+        seconds = time.perf_counter() - started
+        sizes = [order.size(step) for step in range(len(order))]
+        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, group, precision)
         improved = scores["dice"] > done["best"]
         row = {
-            "epoch": epoch + 1, "train_loss": training_loss, "validation_loss": scores["loss"],
-            "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
-            "learning_rate": learning_rate(config, epoch), "images_per_second": seen / (time.perf_counter() - started),
+            "epoch": epoch + 1, "train_loss": sum(map(operator.mul, by_step, sizes)) / sum(sizes),
+            "validation_loss": scores["loss"], "validation_dice": scores["dice"],
+            "validation_jaccard": scores["jaccard"], "learning_rate": learning_rate(config, epoch),
+            "images_per_second": sum(sizes) / seconds, "seconds_waited_for_data": waited,
         }
         done = {
             "epoch": epoch + 1, "best": max(done["best"], scores["dice"]),
             "waited": 0 if improved else done["waited"] + 1, "log": [*done["log"], row],
         }
         content = {"model": model.state_dict(), "options": model.options, "identity": identity}
-        if improved:
-            save_checkpoint(best_path, {**content, "epoch": epoch + 1, "validation_dice": scores["dice"]})
-        save_checkpoint(state_path, {**content, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "done": done})
-        write_csv(results / "training_log.csv", done["log"])
-    return TrainingResult(load_model(best_path, device), done["best"], done["log"])
+        if group.first:
+            if improved:
+                save_checkpoint(best_path, {**content, "epoch": epoch + 1, "validation_dice": scores["dice"]})
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "done": done}
+            save_checkpoint(state_path, {**content, **state})
+            write_csv(results / "training_log.csv", done["log"])
+    return TrainingResult(group.shared(lambda: load_model(best_path, torch.device("cpu"))).to(device), done["best"], done["log"])

@@ -14,9 +14,10 @@ from sklearn.metrics import f1_score, jaccard_score
 from config import Config
 from dataset import decode_pairs, find_pairs, isic_folders, split_ids
 from model import UNet
+from processes import Processes
 from storage import UserError
 from train import (
-    EpochOrder,
+    EpochBatches,
     learning_rate,
     load_checkpoint,
     load_model,
@@ -28,6 +29,7 @@ from train import (
 
 CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine")
 CPU = torch.device("cpu")
+ALONE = Processes(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def data(tiny, tmp_path_factory):
 
 def run(folder, data, config=CONFIG, progress=lambda count, note: None):
     pairs, split = data
-    return train(config, pairs, split.train, split.validation, CPU, folder, "identity", progress)
+    return train(config, pairs, split.train, split.validation, ALONE, folder, "identity", progress)
 
 
 def test_overlap_against_scikit_learn():
@@ -84,13 +86,26 @@ def test_either_precision_learns_with_clipping_and_warm_up(tmp_path, data, amp):
     assert result.best_dice > 0.8
 
 
-def test_order_is_a_permutation_that_changes_with_the_epoch():
-    order = EpochOrder(20, seed=1)
+def test_batches_are_a_permutation_that_changes_with_the_epoch():
+    order = EpochBatches(20, 8, seed=1)
     first = list(order)
     assert first == list(order)
-    assert sorted(position for _, position in first) == list(range(20))
+    assert [len(batch) for batch in first] == [8, 8, 4]
+    assert sorted(position for batch in first for _, position in batch) == list(range(20))
     order.epoch = 1
-    assert [position for _, position in order] != [position for _, position in first]
+    assert [[position for _, position in batch] for batch in order] != [[p for _, p in batch] for batch in first]
+
+
+def test_processes_share_the_same_global_batches():
+    whole = list(EpochBatches(23, 8, seed=1))
+    parts = [list(EpochBatches(23, 8, seed=1, rank=rank, world=3)) for rank in range(3)]
+    assert [sum(step, []) for step in zip(*parts)] == whole
+
+
+def test_a_last_batch_of_one_image_is_left_out_and_too_many_processes_are_refused():
+    assert [len(batch) for batch in EpochBatches(17, 8, seed=1)] == [8, 8]
+    with pytest.raises(UserError, match="2 images for 3 processes"):
+        EpochBatches(18, 8, seed=1, world=3)
 
 
 def test_training_learns_and_keeps_the_best_epoch(tmp_path, data):
@@ -127,8 +142,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images):
         run(tmp_path / "broken", data, progress=interrupt)
     resumed = run(tmp_path / "broken", data)
     assert weights_fingerprint(resumed.model) == weights_fingerprint(whole.model)
-    timing = "images_per_second"
-    strip = [[{k: v for k, v in row.items() if k != timing} for row in result.log] for result in (whole, resumed)]
+    timing = ("images_per_second", "seconds_waited_for_data")
+    strip = [[{k: v for k, v in row.items() if k not in timing} for row in result.log] for result in (whole, resumed)]
     assert strip[0] == strip[1]
 
 
@@ -139,12 +154,12 @@ def test_a_finished_training_is_reused_and_another_one_is_not(tmp_path, data):
     assert (tmp_path / "weights" / "best_model.pth").stat().st_mtime_ns == stamp
     assert weights_fingerprint(again.model) == weights_fingerprint(first.model)
     pairs, split = data
-    other = train(replace(CONFIG, seed=7), pairs, split.train, split.validation, CPU, tmp_path, "other identity")
+    other = train(replace(CONFIG, seed=7), pairs, split.train, split.validation, ALONE, tmp_path, "other identity")
     assert weights_fingerprint(other.model) != weights_fingerprint(first.model)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_epoch_named(tmp_path, data):
-    with pytest.raises(UserError, match=r"training loss is (nan|inf) .*lower --lr"):
+    with pytest.raises(UserError, match=r"training loss is (nan|inf) in step \d+ of epoch \d.*lower --lr"):
         run(tmp_path, data, replace(CONFIG, lr=1e30, schedule="constant", epochs=6, patience=6))
 
 
@@ -179,8 +194,8 @@ def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
     pairs, split = data
     torch.manual_seed(0)
     model = UNet(4).eval()
-    by_three = validate(model, pairs, split.train, 3, 0.5, CPU)
-    at_once = validate(model, pairs, split.train, 100, 0.5, CPU)
+    by_three = validate(model, pairs, split.train, 3, 0.5, ALONE)
+    at_once = validate(model, pairs, split.train, 100, 0.5, ALONE)
     for key in by_three:  # ragged batches weigh every image alike
         assert by_three[key] == pytest.approx(at_once[key], rel=1e-6)
     assert math.isfinite(by_three["loss"])
