@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from model import UPSAMPLINGS
 from storage import UserError
+from uncertainty import PRECISIONS
 
 
 def _option(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
@@ -69,6 +71,8 @@ class Config:
 
     passes: int = _option(30, "stochastic forward passes an image (T)", "uncertainty", int, low=1)
     target_layer: str = _option("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
+    precision: str = _option("auto", "precision of map making; auto: fp32", "uncertainty", choices=PRECISIONS)
+    cam_scale: str = _option("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
     threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
     bins: int = _option(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
     lambda_steps: int = _option(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
@@ -118,6 +122,13 @@ class Config:
             raise UserError(
                 f"{source} does not hold a configuration of this version ({error}); run main.py again with --fresh"
             ) from error
+
+    def map_options(self, model: nn.Module) -> dict[str, Any]:
+        """The keyword arguments of :func:`uncertainty.uncertainty_maps` that this configuration stands for."""
+        return {
+            "target_layer": getattr(model, self.target_layer), "passes": self.passes, "seed": self.seed,
+            "normalise_cam": self.cam_scale == "maximum", "precision": self.precision,
+        }
 
     def experiment(self) -> dict[str, Any]:
         """The fields that decide the numbers: what two runs must share to share results."""

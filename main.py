@@ -141,6 +141,8 @@ def finish(
 ) -> dict[str, Any]:
     """From the counts to every number, table and picture; the first process does it alone."""
     metrics, rows = evaluate(config, validation, test, fusion, counted, tested, results)
+    for part in (validation, test):
+        metrics[part.folder.name]["precision_fallbacks"] = part.fallbacks()
     metrics = {**metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60}
     write_csv(results / "per_image.csv", rows)
     draw_figures(config, metrics, pairs, test, results)
@@ -286,6 +288,10 @@ class SavedMaps:
         """The part of the maps that one of several processes works on."""
         return SavedMaps(self.folder, group.shard(self.ids), self.device, self.threshold)
 
+    def fallbacks(self) -> int:
+        """How many maps overflowed in half precision and were made in fp32."""
+        return sum(read_maps(self.path(id), ())["fallbacks"] for id in self.ids)
+
     def add_fused_scores(self, fusion: Fusion, identity: str, group: Processes) -> None:
         """Complete the files that lack the fused score."""
         for id in group.shard(self.ids):
@@ -295,7 +301,7 @@ class SavedMaps:
             maps = read_maps(self.path(id), ["pred_variance", "saliency_variance"])
             fused = fusion(*(torch.from_numpy(maps[key]).to(self.device) for key in ("pred_variance", "saliency_variance")))
             arrays = {name: maps[name] for name in MAP_ARRAYS if name in maps}
-            write_maps(self.path(id), {**arrays, "fused_score": fused.cpu().numpy()}, maps["empty_cams"], identity)
+            write_maps(self.path(id), {**arrays, "fused_score": fused.cpu().numpy()}, maps["empty_cams"], identity, maps["fallbacks"])
 
 
 def make_maps(
@@ -314,10 +320,10 @@ def make_maps(
     with bar(f"maps of the {part} images", len(ids), "map", len(ids) - len(missing)) as shown, ThreadPoolExecutor(2) as writer:
         pending: list[Future] = []
         for names, images, masks in batches(pairs, group.shard(missing), together, device):
-            maps = uncertainty_maps(
-                model, images, target_layer=getattr(model, config.target_layer), passes=config.passes,
-                seed=config.seed, image_ids=names,
-            )
+            try:
+                maps = uncertainty_maps(model, images, image_ids=names, **config.map_options(model))
+            except ValueError as error:  # weights that overflow; the message names the image
+                raise UserError(f"{error}; delete {results / 'weights'} and train again, with a lower --lr") from error
             fields: dict[str, torch.Tensor] = {
                 "mean_prediction": maps.mean_prediction, "pred_variance": maps.pred_variance,
                 "saliency_variance": maps.saliency_variance, "expected_entropy": maps.expected_entropy,
@@ -326,10 +332,10 @@ def make_maps(
             if fusion is not None:
                 fields["fused_score"] = fusion(maps.pred_variance, maps.saliency_variance)
             arrays = {name: values.cpu().numpy() for name, values in fields.items()}
-            empty = maps.empty_cams.tolist()
+            empty, fallbacks = maps.empty_cams.tolist(), maps.fallbacks.tolist()
             for index, id in enumerate(names):
                 one = {name: values[index] for name, values in arrays.items()}
-                pending.append(writer.submit(write_maps, saved.path(id), one, empty[index], identity))
+                pending.append(writer.submit(write_maps, saved.path(id), one, empty[index], identity, fallbacks[index]))
             while len(pending) > 4 * together:  # a bounded queue: memory does not grow with a slow disk
                 pending.pop(0).result()
             shown.update(min(len(names) * group.world, len(ids) - shown.n))

@@ -177,7 +177,9 @@ MAP_ARRAYS = {
 }
 
 
-def write_maps(path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str) -> None:
+def write_maps(
+    path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str, fallbacks: int = 0
+) -> None:
     """Save the maps of one image.
 
     Args:
@@ -185,12 +187,14 @@ def write_maps(path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, iden
         maps: arrays (H, W) named as in ``MAP_ARRAYS``; "fused_score" may come later.
         empty_cams: how many Grad-CAM heatmaps were zero everywhere.
         identity: fingerprint of what made the maps.
+        fallbacks: 1 where the maps overflowed in half precision and were made in fp32, else 0.
     """
-    write_npz(path, {**maps, "empty_cams": np.int64(empty_cams), "identity": np.array(identity)})
+    numbers = {"empty_cams": np.int64(empty_cams), "fallbacks": np.int64(fallbacks), "identity": np.array(identity)}
+    write_npz(path, {**maps, **numbers})
 
 
 def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
-    """Read and check the maps of one image: the arrays, "empty_cams" and "identity".
+    """Read and check the maps of one image: the arrays, "empty_cams", "fallbacks" and "identity".
 
     Raises:
         UserError: the file is missing or broken, lacks an array of ``need``,
@@ -204,7 +208,7 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
     except Exception as error:  # zipfile and numpy raise many kinds on broken bytes
         raise UserError(f"{path} is not a map file of this program ({type(error).__name__}); {remedy}") from error
-    for name in (*need, "empty_cams", "identity"):
+    for name in (*need, "empty_cams", "fallbacks", "identity"):
         if name not in maps:
             raise UserError(f"{path} lacks {name}; {remedy}")
     shape = maps["mean_prediction"].shape if "mean_prediction" in maps else ()
@@ -215,5 +219,6 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
                 raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
             if not np.isfinite(values).all():
                 raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
-    maps["empty_cams"], maps["identity"] = int(maps["empty_cams"]), str(maps["identity"])
+    for name, kind in (("empty_cams", int), ("fallbacks", int), ("identity", str)):
+        maps[name] = kind(maps[name])
     return maps

@@ -21,6 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet_inference import UNetPasses, supports
+
+METHODS = ("auto", "general", "fast")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+#: What "auto" stands for.
+AUTO_PRECISION = "fp32"
+
 #: Dropout modules whose masks can be drawn from a seed; the others have statistics of their own.
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -35,6 +42,8 @@ class UncertaintyMaps(NamedTuple):
             heatmap over passes, in [0, 0.25].
         expected_entropy: mean over passes of the binary entropy, in nats, in [0, ln 2].
         empty_cams: int64 (B,), how many of the T heatmaps were zero everywhere.
+        fallbacks: int64 (B,), 1 where half precision overflowed and the image
+            was computed again in fp32.
     """
 
     mean_prediction: Tensor
@@ -42,6 +51,7 @@ class UncertaintyMaps(NamedTuple):
     saliency_variance: Tensor
     expected_entropy: Tensor
     empty_cams: Tensor
+    fallbacks: Tensor
 
 
 # ---------------------------------------------------------------- dropout masks
@@ -91,9 +101,31 @@ def dropout_masks(keys: Tensor, noise: Tensor, p: float) -> Tensor:
         noise: int32, from :func:`mask_noise`.
         p: probability of dropping an element.
     """
-    bound = min(round(p * 2**32), 2**32 - 1) - 2**31
-    mixed = keys.view(-1, *[1] * noise.dim()) ^ noise
-    return _mix(mixed) >= bound
+    return _mix(keys.view(-1, *[1] * noise.dim()) ^ noise) >= _bound(p)
+
+
+def _bound(p: float) -> int:
+    """``p * 2^32``, counted from the smallest signed integer."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
+    """``x * dropout_masks(keys, noise, p)``, in place.
+
+    Args:
+        x: (K, C, h, w), of any memory format.
+        keys: int32 (K,).
+        noise: int32 (1, C, h, w), best in the memory format of x.
+        p: as in :func:`dropout_masks`.
+    """
+    mixed = _mix(keys.view(-1, 1, 1, 1) ^ noise)
+    if x.element_size() != mixed.element_size():
+        return x.mul_(mixed >= _bound(p))
+    # The threshold operator, zero where mixed <= bound - 1, on the bits of x taken as integers:
+    # one vectorised sweep, where a comparison and a product with booleans cost many times as much.
+    bits = x.view(torch.int32)
+    torch.ops.aten.threshold_backward.grad_input(bits, mixed, max(_bound(p) - 1, -(2**31)), grad_input=bits)
+    return x
 
 
 class _MaskSource:
@@ -276,11 +308,174 @@ def default_chunk(height: int, width: int) -> int:
     return max(1, min(30, (1 << 18) // (height * width)))
 
 
+def _group_and_chunk(height: int, width: int, channels: int, device: torch.device) -> tuple[int, int]:
+    """Images a group and passes a chunk of the fast path, by the size of the largest feature map alone.
+
+    A processor is fastest when a chunk's maps stay in its cache; a GPU wants
+    many rows at once.
+    """
+    size = channels * height * width
+    if device.type == "cuda":
+        rows = max(1, (1 << 27) // size)
+        group = max(1, min(8, rows // 15))
+        return group, max(1, min(30, rows // group))
+    return 1, 8
+
+
+class _Accumulator:
+    """The moments of B images over their passes, fed in chunks."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+        self.prediction, self.saliency, self.entropy = Moments(), Moments(), Moments()
+        self.empty: Tensor | int = 0
+
+    def update(self, logits: Tensor, cam: Tensor, empty: Tensor) -> None:
+        """Logits (K, B, H, W), heatmaps (K, B, h, w), bool (K, B): all of K passes."""
+        cam = F.interpolate(cam, self.size, mode="bilinear", align_corners=False)
+        self.prediction.update(torch.sigmoid(logits))
+        self.entropy.update(binary_entropy_of_logits(logits))
+        self.saliency.update(cam)
+        self.empty = self.empty + empty.sum(0)
+
+    def maps(self) -> list[Tensor]:
+        """The columns of :class:`UncertaintyMaps` up to ``empty_cams``."""
+        assert isinstance(self.empty, Tensor)
+        return [
+            self.prediction.mean, self.prediction.variance(), self.saliency.variance(),
+            self.entropy.mean, self.empty,
+        ]
+
+
 def _binary_logits(output: Tensor | dict[str, Tensor]) -> Tensor:
     logits = output["out"] if isinstance(output, dict) else output
     if logits.dim() != 4 or logits.shape[1] != 1:
         raise ValueError(f"the model must return logits (B, 1, H, W), not {tuple(logits.shape)}")
     return logits
+
+
+@contextmanager
+def _float32_as(precision: str) -> Iterator[None]:
+    """Within: float32 convolutions in ``precision`` ("ieee" or "tf32"), products in true float32.
+
+    Both are process-wide switches, put back afterwards. On CUDA PyTorch's own
+    default lets convolutions round their inputs to TF32's ten bits.
+    """
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # the switches of PyTorch 2.9 and later
+        values = [(backends.cudnn.conv, precision), (backends.cudnn.rnn, precision), (backends.cuda.matmul, "ieee")]
+        values += [(getattr(backends.mkldnn, kind), "ieee") for kind in ("conv", "matmul")]
+        name: str = "fp32_precision"
+    else:
+        values = [(backends.cudnn, precision == "tf32"), (backends.cuda.matmul, False)]  # type: ignore[list-item]
+        name = "allow_tf32"
+    before = [getattr(switch, name) for switch, _ in values]
+    try:
+        for switch, value in values:
+            setattr(switch, name, value)
+        yield
+    finally:
+        for (switch, _), value in zip(values, before):
+            setattr(switch, name, value)
+
+
+def _general_maps(
+    model: nn.Module,
+    images: Tensor,
+    ids: Sequence[str],
+    target_layer: nn.Module,
+    passes: int,
+    seed: int,
+    chunk: int | None,
+    normalise_cam: bool,
+    to_logits: Callable[..., Tensor],
+    half: torch.dtype | None,
+) -> list[list[Tensor]]:
+    """Any model: whole forwards, and the backward by autograd from the logits to the target."""
+    height, width = images.shape[-2:]
+    chunk = chunk or default_chunk(height, width)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    try:
+        for parameter in trainable:  # no graph in front of the target, no weight gradients behind it
+            parameter.requires_grad_(False)
+        with mc_dropout(model, seed) as source, watch(target_layer) as seen, torch.enable_grad():
+            assert source is not None
+            for image, image_id in zip(images, ids):
+                moments = _Accumulator((height, width))
+                for start in range(0, passes, chunk):
+                    block = range(start, min(start + chunk, passes))
+                    seen.clear()
+                    source.start(image_id, block)
+                    with torch.autocast(images.device.type, half, enabled=half is not None):
+                        logits = to_logits(model(image.expand(len(block), -1, -1, -1)))
+                    if not seen:
+                        raise ValueError("the forward pass does not reach the target layer")
+                    activations = seen[0]
+                    if activations.dim() != 4:
+                        raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(activations.shape)}")
+                    (gradient,) = torch.autograd.grad(logits.sum(), activations)
+                    with torch.no_grad():
+                        dtype = torch.promote_types(logits.dtype, torch.float32)
+                        cam, empty = grad_cam(
+                            activations.detach().to(dtype), gradient.to(dtype).mean((2, 3)), normalise_cam
+                        )
+                        moments.update(logits.detach().to(dtype), cam[:, None], empty[:, None])
+                results.append([column[0] for column in moments.maps()])
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    return results
+
+
+class _Dropper:
+    """Applies the masks of some images' passes: the ``drop`` of :class:`unet_inference.UNetPasses`."""
+
+    def __init__(self, seed: int, ids: Sequence[str], passes: int, rates: Sequence[float], device: torch.device):
+        keys = [[[mask_key(seed, i, t, s) for s in range(len(rates))] for i in ids] for t in range(passes)]
+        self.keys = torch.tensor(keys, dtype=torch.int32, device=device)  # T, B, sites; copied once
+        self.rates = rates
+        self.block = slice(0, passes)
+        self.noise: dict[torch.Size, Tensor] = {}
+
+    def __call__(self, x: Tensor, site: int, first: int) -> None:
+        shape = x.shape[1:]
+        if shape not in self.noise:
+            noise = mask_noise(shape, x.device)[None]
+            self.noise[shape] = noise.contiguous(memory_format=torch.channels_last)
+        keys = self.keys[self.block, :, site].reshape(-1)[first : first + len(x)]
+        zero_dropped(x, keys, self.noise[shape], self.rates[site])
+
+
+def _fast_maps(
+    engine: UNetPasses,
+    images: Tensor,
+    ids: Sequence[str],
+    passes: int,
+    seed: int,
+    chunk: int | None,
+    normalise_cam: bool,
+) -> list[list[Tensor]]:
+    """Our U-Net: see :mod:`unet_inference`."""
+    height, width = images.shape[-2:]
+    group, by_rule = _group_and_chunk(height, width, engine.width, images.device)
+    chunk = chunk or by_rule
+    results = []
+    for first in range(0, len(images), group):
+        # a group has always the same shape, so that no image's rounding depends on how many there are
+        members = [min(i, len(images) - 1) for i in range(first, first + group)]
+        encoded = engine.encode(images[members])
+        drop = _Dropper(seed, [ids[i] for i in members], passes, engine.rates, images.device)
+        moments = _Accumulator((height, width))
+        for start in range(0, passes, chunk):
+            drop.block = slice(start, min(start + chunk, passes))
+            logits, weights = engine(encoded, drop.block.stop - start, drop)
+            per_image = weights.unflatten(0, (-1, group)).unbind(1)
+            cams = [grad_cam(a[None], w, normalise_cam) for a, w in zip(encoded.activations, per_image)]
+            cam, empty = (torch.stack(parts, 1) for parts in zip(*cams))
+            moments.update(logits.unflatten(0, (-1, group)), cam, empty)
+        results += [list(columns) for columns in zip(*moments.maps())][: len(images) - first]
+    return results
 
 
 def uncertainty_maps(
@@ -294,6 +489,8 @@ def uncertainty_maps(
     chunk: int | None = None,
     normalise_cam: bool = True,
     to_logits: Callable[..., Tensor] = _binary_logits,
+    method: str = "auto",
+    precision: str = "fp32",
 ) -> UncertaintyMaps:
     """Mean prediction, predictive variance and saliency variance of each image.
 
@@ -305,8 +502,9 @@ def uncertainty_maps(
     saliency variance. One forward and one backward a pass serve all of it, and
     the backward ends at the target.
 
-    The masks of pass t of an image depend on (seed, image id, t) alone, so the
-    maps of an image do not depend on the other images, nor on their order.
+    The masks of pass t of an image depend on (seed, image id, t) alone, and
+    images are computed in groups of one shape, so the maps of an image do not
+    depend on the other images, nor on their order.
 
     Args:
         model: any module with dropout modules that maps (K, C, H, W) to logits
@@ -318,61 +516,69 @@ def uncertainty_maps(
         seed: of the masks.
         image_ids: one string an image; the position in the batch if None.
         chunk: passes a forward; memory grows with it, the moments do not
-            depend on it. None: :func:`default_chunk`.
+            depend on it (the convolution library may round differently for
+            another batch size). None: a rule of the image size, the network's
+            width and the kind of device.
         normalise_cam: whether each heatmap is divided by its maximum.
-        to_logits: how to get logits (K, 1, H, W) from the model's output.
+        to_logits: how to get logits (K, 1, H, W) from the model's output; the
+            general path only.
+        method: "fast" is the algebra of :mod:`unet_inference`, for an
+            unmodified :class:`model.UNet` in float32 and the targets
+            ``encoder4`` and ``bottleneck``; "general" serves every model;
+            "auto" takes the fast one where it can.
+        precision: of the convolutions. "fp32" is true float32 on every device;
+            "tf32" lets CUDA round the factors to ten bits; "bf16" and "fp16"
+            store activations in half precision. Moments, sigmoid and heatmaps
+            are float32 always. "auto": see :data:`AUTO_PRECISION`. An image
+            whose maps are not finite in half precision is computed again in
+            fp32 and counted in ``fallbacks``.
 
     Returns:
         Maps on the device of ``images``.
 
     Raises:
         ValueError: no active dropout, a model that does not reach the target or
-            whose logits do not depend on it, or non-finite logits.
+            whose logits do not depend on it, non-finite logits in fp32, an
+            unknown method or precision, or "fast" where it does not apply.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
     ids = [str(i) for i in range(len(images))] if image_ids is None else list(image_ids)
     if len(ids) != len(images):
         raise ValueError(f"{len(images)} images but {len(ids)} ids")
-    height, width = images.shape[-2:]
-    chunk = chunk or default_chunk(height, width)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    results: list[tuple[Tensor, ...]] = []
-    try:
-        for parameter in trainable:  # no graph in front of the target, no weight gradients behind it
-            parameter.requires_grad_(False)
-        with mc_dropout(model, seed) as source, watch(target_layer) as seen, torch.enable_grad():
-            assert source is not None
-            for image, image_id in zip(images, ids):
-                prediction, saliency, entropy = Moments(), Moments(), Moments()
-                empty = torch.zeros((), dtype=torch.int64, device=images.device)
-                for start in range(0, passes, chunk):
-                    block = range(start, min(start + chunk, passes))
-                    seen.clear()
-                    source.start(image_id, block)
-                    logits = to_logits(model(image.expand(len(block), -1, -1, -1)))
-                    if not seen:
-                        raise ValueError("the forward pass does not reach the target layer")
-                    activations = seen[0]
-                    if activations.dim() != 4:
-                        raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(activations.shape)}")
-                    (gradient,) = torch.autograd.grad(logits.sum(), activations)
-                    with torch.no_grad():
-                        logits = logits.detach()[:, 0].float()
-                        cam, is_empty = grad_cam(
-                            activations.detach().float(), gradient.float().mean((2, 3)), normalise_cam
-                        )
-                        cam = F.interpolate(cam[:, None], (height, width), mode="bilinear", align_corners=False)
-                        prediction.update(torch.sigmoid(logits))
-                        entropy.update(binary_entropy_of_logits(logits))
-                        saliency.update(cam[:, 0])
-                        empty += is_empty.sum()
-                if not torch.isfinite(prediction.mean).all():
-                    raise ValueError(f"the logits of image {image_id} are not finite")
-                results.append(
-                    (prediction.mean, prediction.variance(), saliency.variance(), entropy.mean, empty)
-                )
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-    return UncertaintyMaps(*(torch.stack(column) for column in zip(*results)))
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, not {precision!r}")
+    precision = AUTO_PRECISION if precision == "auto" else precision
+    active_dropout(model)
+    applies = (
+        images.dtype == torch.float32 and to_logits is _binary_logits and supports(model, target_layer)
+    )
+    if method == "fast" and not applies:
+        raise ValueError(
+            "the fast path needs an unmodified UNet, float32 images, and encoder4 or bottleneck as the target"
+        )
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def compute(chosen: Sequence[int], dtype: torch.dtype | None) -> list[list[Tensor]]:
+        some, names = images[list(chosen)], [ids[i] for i in chosen]
+        with _float32_as("tf32" if precision == "tf32" else "ieee"):
+            if applies and method != "general":
+                engine = UNetPasses(model, target_layer, dtype or torch.float32)  # type: ignore[arg-type]
+                return _fast_maps(engine, some, names, passes, seed, chunk, normalise_cam)
+            return _general_maps(
+                model, some, names, target_layer, passes, seed, chunk, normalise_cam, to_logits, dtype
+            )
+
+    rows = compute(range(len(images)), half)
+    finite = torch.stack([torch.stack([m.isfinite().all() for m in row[:4]]).all() for row in rows]).tolist()
+    broken = [i for i, ok in enumerate(finite) if not ok]
+    if broken and half is not None:
+        for i, row in zip(broken, compute(broken, None)):
+            rows[i] = row
+    elif broken:
+        raise ValueError(f"the maps of image {ids[broken[0]]} are not finite")
+    fallbacks = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    fallbacks[broken] = 1
+    return UncertaintyMaps(*(torch.stack(column) for column in zip(*rows)), fallbacks)

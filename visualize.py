@@ -325,10 +325,8 @@ def compute_case(run: Path, pair: Pair | None, image: Path, id: str, device: tor
     model = load_model(run / "weights" / "best_model.pth", device)
     pixels = read_image(image, config.image_size)
     truth = None if pair is None else read_mask(pair.mask, config.image_size)
-    maps = uncertainty_maps(
-        model, normalise(torch.from_numpy(pixels)[None].to(device)), target_layer=getattr(model, config.target_layer),
-        passes=config.passes, seed=config.seed, image_ids=[id],
-    )
+    batch = normalise(torch.from_numpy(pixels)[None].to(device))
+    maps = uncertainty_maps(model, batch, image_ids=[id], **config.map_options(model))
     arrays = {
         "mean_prediction": maps.mean_prediction[0], "pred_variance": maps.pred_variance[0],
         "saliency_variance": maps.saliency_variance[0],

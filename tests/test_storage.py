@@ -101,7 +101,7 @@ def some_maps() -> dict[str, np.ndarray]:
 def test_maps_round_trip_without_pickle(tmp_path):
     write_maps(tmp_path / "x.npz", some_maps(), 3, "abc")
     with np.load(tmp_path / "x.npz", allow_pickle=False) as content:
-        assert set(content.files) == {*MAP_ARRAYS, "empty_cams", "identity"}
+        assert set(content.files) == {*MAP_ARRAYS, "empty_cams", "fallbacks", "identity"}
     maps = read_maps(tmp_path / "x.npz")
     assert (maps["empty_cams"], maps["identity"]) == (3, "abc")
     np.testing.assert_array_equal(maps["pred_variance"], 1)

@@ -1,0 +1,579 @@
+"""The uncertainty maps: three independent ways to the same numbers, invariants, conventions, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import unet_inference  # noqa: E402
+from model import UNet  # noqa: E402
+from uncertainty import (  # noqa: E402
+    Moments,
+    active_dropout,
+    dropout_masks,
+    grad_cam,
+    mask_key,
+    mask_noise,
+    mc_dropout,
+    uncertainty_maps,
+    watch,
+    zero_dropped,
+)
+
+HEIGHT, WIDTH = 48, 80
+SEED = 7
+MAPS = ("mean_prediction", "pred_variance", "saliency_variance", "expected_entropy")
+
+
+def unet(upsampling: str = "bilinear", dropout: float = 0.2, seed: int = SEED, width: int = 4) -> UNet:
+    """A U-Net that is nobody's special case: moved statistics, affine batch norms, logits that spread."""
+    torch.manual_seed(seed)
+    model = UNet(width=width, dropout=dropout, upsampling=upsampling)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.8)
+            nn.init.normal_(module.bias, 0, 0.3)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1.6)
+    model.head.weight.data.mul_(3.0)
+    return model.eval()
+
+
+def pictures(count: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- an independent reference
+
+
+def numpy_mask(seed: int, image_id: str, t: int, site: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
+    """The keep-mask in unsigned NumPy arithmetic, from the description alone."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x * np.uint32(0x2C1B3C6D)).astype(np.uint32)
+        x = ((x ^ (x >> np.uint32(15))) * np.uint32(0x297A2D39)).astype(np.uint32)
+        return x ^ (x >> np.uint32(15))
+
+    digest = hashlib.sha256(f"{seed}|{image_id}|{t}|{site}".encode()).digest()
+    key = np.uint32(int.from_bytes(digest[:4], "little"))
+    mixed = mix(mix(np.arange(1, math.prod(shape) + 1, dtype=np.uint32)) ^ key)
+    # the comparison is one of signed integers, whose smallest stands for zero
+    return torch.from_numpy(mixed.view(np.int32).astype(np.int64) + 2**31 >= round(p * 2**32)).view(shape)
+
+
+def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed: int, ids: list[str]):
+    """The definition in float64, pass by pass, with autograd through the whole network.
+
+    Returns the maps, the empty heatmaps, and the margin: the smallest value
+    that any ReLU in front of which dropout acts had to decide by its sign,
+    relative to the root mean square of its map. The gradient jumps there, so
+    float32 can be held to it only where its rounding decides no sign.
+    """
+    twin = UNet(**model.options).double()
+    twin.load_state_dict(model.state_dict())
+    twin.eval()
+    margins = []
+    for block in (twin.bottleneck, twin.decoder4, twin.decoder3, twin.decoder2, twin.decoder1):
+        for module in block.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_pre_hook(
+                    lambda _, inputs: margins.append((inputs[0].abs().min() / inputs[0].square().mean().sqrt()).item())
+                )
+    columns = []
+    for image, image_id in zip(images.double(), ids):
+        probabilities, heatmaps, entropies, empty = [], [], [], 0
+        for t in range(passes):
+            site = 0
+
+            def drop(x: torch.Tensor, p: float) -> torch.Tensor:
+                nonlocal site
+                mask = numpy_mask(seed, image_id, t, site, tuple(x.shape[1:]), p)
+                site += 1
+                return x * mask / (1 - p)
+
+            skips = [twin.encoder1(image[None])]
+            for block in (twin.encoder2, twin.encoder3, twin.encoder4):
+                skips.append(block(skips[-1]))
+            target_map = skips[-1]
+            x = twin.bottleneck(target_map)
+            if target == "bottleneck":
+                target_map = x
+            x = drop(x, model.dropout.p)
+            for name in ("decoder4", "decoder3", "decoder2", "decoder1"):
+                block = getattr(twin, name)
+                x = block.convolutions(torch.cat([skips.pop(), block.up(x)], 1))
+                if name != "decoder1":
+                    x = drop(x, block.dropout.p)
+            logits = twin.head(x)
+            (gradient,) = torch.autograd.grad(logits.sum(), target_map)
+            cam = F.relu((gradient.mean((2, 3), keepdim=True) * target_map).sum(1, keepdim=True))
+            empty += int(cam.max() == 0)
+            cam = cam / cam.max() if cam.max() > 0 else cam
+            heatmaps.append(F.interpolate(cam, image.shape[-2:], mode="bilinear", align_corners=False)[0, 0])
+            p = torch.sigmoid(logits)[0, 0]
+            probabilities.append(p)
+            entropies.append(-(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)))
+        p, cam = torch.stack(probabilities).detach(), torch.stack(heatmaps).detach()
+        columns.append((
+            p.mean(0), ((p - p.mean(0)) ** 2).mean(0), ((cam - cam.mean(0)) ** 2).mean(0),
+            torch.stack(entropies).detach().mean(0), torch.tensor(empty),
+        ))
+    return [torch.stack(column) for column in zip(*columns)], min(margins)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest deviation over the largest expected value of each image; the worst image.
+
+    A variance can be zero at a pixel where rounding is not, so the scale of
+    the deviation is the map's, not the pixel's.
+    """
+    deviation = (value.double() - expected.double()).abs().flatten(1).amax(1)
+    return float((deviation / expected.double().abs().flatten(1).amax(1)).max())
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
+@pytest.mark.parametrize("target", ["encoder4", "bottleneck"])
+def test_fast_path_is_general_path_is_slow_float64_loop(upsampling, target):
+    model, images, ids = unet(upsampling), pictures(), ["0", "1"]
+    expected, margin = reference(model, images, target, 4, 42, ids)
+    assert margin > 1e-6
+    assert expected[1].max() > 1e-4 and expected[2].max() > 1e-3  # else the errors below say nothing
+    for method in ("general", "fast"):
+        maps = uncertainty_maps(
+            model, images, target_layer=getattr(model, target), passes=4, image_ids=ids, method=method
+        )
+        for name, value in zip(MAPS, expected):
+            assert relative_error(getattr(maps, name), value) < 1e-5, (method, name)
+        assert torch.equal(maps.empty_cams, expected[4])
+        assert not maps.fallbacks.any()
+
+
+@pytest.mark.parametrize("form", ["_Dense", "_ExchangedRows", "_Exchanged"])
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 5), (2, 2), (3, 1), (5, 7), (16, 3)])
+def test_upsampling_and_convolution_exchanged(form, height, width, monkeypatch):
+    """Each form of upsample-then-convolve and its adjoint, in float64, whole and in bands of rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(1, 4, 2 * height, 2 * width, dtype=torch.float64)
+    up = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    y = F.conv2d(up, weight, padding=1) + skip
+    g = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, g)
+    cast = lambda w: w.contiguous(memory_format=torch.channels_last)  # noqa: E731
+    for band in (1 << 20, 1):
+        monkeypatch.setattr(unet_inference, "BAND", band)
+        chosen = getattr(unet_inference, form)(weight, cast)
+        forward = chosen.forward_add(cast(x.detach()), cast(skip))
+        torch.testing.assert_close(forward, y.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(chosen.backward(cast(g)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_learnt_upsampling_and_convolution_composed():
+    torch.manual_seed(0)
+    weight, up = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3, 3, 3), (6, 3, 2, 2)))
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(1, 4, 6, 10, dtype=torch.float64)
+    y = F.conv2d(F.conv_transpose2d(x, up, stride=2), weight, padding=1) + skip
+    g = torch.randn_like(y)
+    composed = unet_inference._Composed(weight, up, lambda w: w)
+    torch.testing.assert_close(composed.forward_add(x.detach(), skip), y.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(composed.backward(g), torch.autograd.grad(y, x, g)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_border_sums_replace_the_convolution():
+    torch.manual_seed(0)
+    weight, g = torch.randn(5, 3, 3, 3, dtype=torch.float64), torch.randn(2, 5, 4, 6, dtype=torch.float64)
+    expected = F.conv_transpose2d(g, weight, padding=1).sum((2, 3))
+    sums = unet_inference._border_sums(g) @ unet_inference._sum_matrix(weight)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_maps_do_not_depend_on_order_company_or_chunks(method):
+    model, images = unet(), pictures()
+    options = {"target_layer": model.encoder4, "passes": 4, "method": method}
+    maps = uncertainty_maps(model, images, image_ids=["0", "1"], **options)
+    turned = uncertainty_maps(model, images.flip(0), image_ids=["1", "0"], **options)
+    alone = uncertainty_maps(model, images[1:], image_ids=["1"], **options)
+    for whole, other, one in zip(maps, turned, alone):  # promised bit for bit
+        assert torch.equal(whole, other.flip(0))
+        assert torch.equal(whole[1:], one)
+    for chunk in (1, 3):  # the same masks; rounding is the convolution library's affair
+        chunked = uncertainty_maps(model, images, image_ids=["0", "1"], chunk=chunk, **options)
+        for name in MAPS:
+            assert relative_error(getattr(chunked, name), getattr(maps, name)) < 1e-5
+    for name in ("pred_variance", "saliency_variance"):  # the id alone changes the masks
+        other = uncertainty_maps(model, images[1:], image_ids=["2"], **options)
+        assert not torch.equal(getattr(other, name), getattr(alone, name))
+
+
+def test_pieces_and_bands_change_nothing_but_rounding(monkeypatch):
+    model, images = unet(), pictures(1)
+    maps = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
+    monkeypatch.setattr(unet_inference, "PIECE", 1 << 10)
+    monkeypatch.setattr(unet_inference, "BAND", 1 << 10)
+    pieces = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
+    for name in MAPS:
+        assert relative_error(getattr(pieces, name), getattr(maps, name)) < 1e-5
+
+
+def test_two_processes_agree_bit_for_bit():
+    program = (
+        "import sys, hashlib, torch; sys.path[:0] = sys.argv[1:]\n"
+        "torch.set_num_threads(1)\n"
+        "from test_uncertainty import unet, pictures, uncertainty_maps\n"
+        "m = unet()\n"
+        "for method in ('general', 'fast'):\n"
+        "    maps = uncertainty_maps(m, pictures(), target_layer=m.encoder4, passes=3, method=method)\n"
+        "    print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in maps)).hexdigest())\n"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), str(Path(__file__).parent)]
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": s})
+        for s in ("1", "2")
+    ]
+    first, second = (process.stdout.split() for process in outputs)
+    assert len(first) == 2 and first == second
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_nothing_is_left_behind(method):
+    model, images = unet(), pictures()
+    model.decoder3.train()
+    model.head.weight.requires_grad_(False)
+    before = images.clone()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    uncertainty_maps(model, images, target_layer=model.bottleneck, passes=2, method=method)
+    assert torch.equal(images, before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert not any(m._forward_hooks or m._backward_hooks or "forward" in vars(m) for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+
+
+def test_an_error_leaves_nothing_behind_either():
+    model = unet()
+    with pytest.raises(ValueError, match="does not reach"):
+        uncertainty_maps(model, pictures(), target_layer=nn.Conv2d(1, 1, 1), passes=2)
+    assert not any(m.training or m._forward_hooks or "forward" in vars(m) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---------------------------------------------------------------- degenerate input
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_one_pass_has_no_variance(method):
+    model = unet()
+    maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=1, method=method)
+    assert not maps.pred_variance.any() and not maps.saliency_variance.any()
+    assert ((maps.mean_prediction > 0) & (maps.mean_prediction < 1)).all()
+
+
+def test_variance_of_a_constant_is_zero_and_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    constant, noisy = Moments(), Moments()
+    value = torch.rand(1000, generator=generator)
+    for _ in range(30):
+        constant.update(value[None])
+        noisy.update(1 - 1e-7 * torch.rand(1, 1000, generator=generator))
+    assert not constant.variance().any() and torch.equal(constant.mean, value)
+    assert (noisy.variance() >= 0).all()
+
+
+def test_moments_are_numpys_in_any_chunks():
+    values = torch.randn(17, 5, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for sizes in ([17], [1] * 17, [5, 12]):
+        moments = Moments()
+        for block in values.split(sizes):
+            moments.update(block)
+        results.append((moments.mean, moments.variance()))
+    np.testing.assert_allclose(results[0][1], values.double().numpy().var(0), rtol=1e-5)
+    np.testing.assert_allclose(results[0][0], values.double().numpy().mean(0), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(m, results[0][0]) and torch.equal(v, results[0][1]) for m, v in results)
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_constant_predictions_have_zero_variance(method):
+    """A head without weights gives logits that are its bias, and no gradient at all."""
+    model = unet()
+    nn.init.zeros_(model.head.weight)
+    nn.init.constant_(model.head.bias, 0.5)
+    maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=4, method=method)
+    assert not maps.pred_variance.any() and not maps.saliency_variance.any()
+    torch.testing.assert_close(maps.mean_prediction, torch.full((2, HEIGHT, WIDTH), 1 / (1 + math.exp(-0.5))))
+    assert maps.empty_cams.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_a_negative_head_empties_the_cams_it_should(method):
+    """The heatmaps of S and -S cannot both be positive everywhere: counted, zero, never not a number."""
+    model = unet(seed=24)
+    for _ in range(2):
+        model.head.weight.data.neg_()
+        maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=4, method=method)
+        assert all(torch.isfinite(x.double()).all() for x in maps)
+        expected, _ = reference(model, pictures(), "encoder4", 4, 42, ["0", "1"])
+        assert torch.equal(maps.empty_cams, expected[4])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_scaling_the_score_changes_no_heatmap(method, scale):
+    model = unet()
+    options = {"target_layer": model.encoder4, "passes": 4, "method": method}
+    maps = uncertainty_maps(model, pictures(), **options)
+    model.head.weight.data.mul_(scale)
+    scaled = uncertainty_maps(model, pictures(), **options)
+    assert maps.saliency_variance.max() > 0
+    assert relative_error(scaled.saliency_variance, maps.saliency_variance) < 1e-5
+    assert torch.equal(scaled.empty_cams, maps.empty_cams)
+
+
+def test_grad_cam_by_hand():
+    activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])  # 1, C = 2, h = 1, w = 2
+    weights = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
+    cam, empty = grad_cam(activations, weights)
+    # 1 + 3, 2 + 0 over 4; relu(1 - 3), 2 - 0 over 2; both negative; no weights at all
+    assert cam[:, 0].tolist() == [[1.0, 0.5], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    assert empty.tolist() == [False, False, True, True]
+    raw, _ = grad_cam(activations, weights, normalise=False)
+    assert raw[:, 0].tolist() == [[4.0, 2.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+# ---------------------------------------------------------------- against pytorch-grad-cam
+
+
+@pytest.mark.parametrize("target", ["encoder4", "bottleneck"])
+def test_grad_cam_is_that_of_pytorch_grad_cam(target):
+    """With dropout off.
+
+    That library rescales every map twice, before and after it is upsampled: it
+    subtracts the minimum and divides by 1e-7 plus the maximum.
+    """
+
+    def rescaled(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.min()) / (1e-7 + (x - x.min()).max())
+
+    library = pytest.importorskip("pytorch_grad_cam")
+    model, images = unet(dropout=0.0), pictures(1)
+    layer = getattr(model, target)
+    theirs = library.GradCAM(model, [layer])(images, targets=[lambda output: output.sum()])[0]  # H, W
+    model.zero_grad(set_to_none=True)
+    with watch(layer) as seen:
+        score = model(images).sum()
+        (gradient,) = torch.autograd.grad(score, seen[0])
+    activations = seen[0].detach()
+    # without dropout the engine has no site, and one pass is the plain network
+    engine = unet_inference.UNetPasses(model, layer)
+    _, weights = engine(engine.encode(images), 1, lambda x, site, first: None)
+    for a in (gradient.mean((2, 3)), weights):
+        cam, _ = grad_cam(activations, a, normalise=False)
+        ours = F.interpolate(rescaled(cam)[None], (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0, 0]
+        ours = rescaled(ours)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert ours.max() > 0.5
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_masks_are_independent_and_have_the_right_rate():
+    p, n = 0.2, 200_000
+    noise = mask_noise((n,), torch.device("cpu"))
+    keys = [mask_key(42, "x", t, s) for t in range(6) for s in range(2)] + [mask_key(43, "x", 0, 0), mask_key(42, "y", 0, 0)]
+    masks = dropout_masks(torch.tensor(keys, dtype=torch.int32), noise, p).double()
+    deviation = math.sqrt(p * (1 - p) / n)  # of a mean; five of them are exceeded once in two million
+    assert ((masks.mean(1) - (1 - p)).abs() < 5 * deviation).all()
+    centred = (masks - (1 - p)) / math.sqrt(p * (1 - p))
+    correlation = centred @ centred.T / n - torch.eye(len(keys), dtype=torch.float64)
+    between = correlation.masked_fill(torch.eye(len(keys), dtype=torch.bool), 0)
+    assert between.abs().max() < 5 / math.sqrt(n)  # passes, sites, seeds and images
+    for lag in (1, 2, 3, 8, 64, 80, 256, 4096):  # neighbours along rows, columns and channels
+        neighbours = (centred[:, lag:] * centred[:, :-lag]).mean(1)
+        assert neighbours.abs().max() < 5 / math.sqrt(n - lag)
+    agreement = (masks[0] == masks[1]).double().mean()
+    assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 / math.sqrt(n)
+
+
+def test_masks_are_the_ones_described():
+    key = mask_key(7, "ISIC_0000000", 3, 1)
+    masks = dropout_masks(torch.tensor([key], dtype=torch.int32), mask_noise((4, 6, 5), torch.device("cpu")), 0.3)
+    assert torch.equal(masks[0], numpy_mask(7, "ISIC_0000000", 3, 1, (4, 6, 5), 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [1e-12, 0.2, 0.5, 0.999])
+def test_dropping_in_place_is_multiplying_by_the_mask(dtype, p):
+    x = torch.randn(3, 4, 6, 10).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = -0.0
+    keys = torch.tensor([mask_key(1, "a", t, 0) for t in range(3)], dtype=torch.int32)
+    noise = mask_noise(x.shape[1:], x.device)
+    expected = x * dropout_masks(keys, noise, p)
+    zero_dropped(x, keys, noise[None].contiguous(memory_format=torch.channels_last), p)
+    assert torch.equal(x, expected)
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_half_precision_stays_close_and_moments_are_float32():
+    model, images = unet(), pictures()
+    options = {"target_layer": model.encoder4, "passes": 8}
+    exact = uncertainty_maps(model, images, **options)
+    for method in ("general", "fast"):
+        half = uncertainty_maps(model, images, method=method, precision="bf16", **options)
+        assert all(getattr(half, name).dtype == torch.float32 for name in MAPS)
+        assert 0 < relative_error(half.mean_prediction, exact.mean_prediction) < 0.1
+        pairs = torch.stack([half.pred_variance.flatten(), exact.pred_variance.flatten()])
+        assert torch.corrcoef(pairs)[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_overflow_in_half_precision_falls_back_for_that_image_and_is_counted(method):
+    model, images = unet(), pictures()
+    images[1] *= 1e6  # float16 ends at 65504
+    options = {"target_layer": model.encoder4, "passes": 3, "method": method}
+    exact = uncertainty_maps(model, images, **options)
+    half = uncertainty_maps(model, images, precision="fp16", **options)
+    assert half.fallbacks.tolist() == [0, 1] and exact.fallbacks.tolist() == [0, 0]
+    for name in MAPS:
+        assert torch.equal(getattr(half, name)[1], getattr(exact, name)[1])
+        assert not torch.equal(getattr(half, name)[0], getattr(exact, name)[0])
+
+
+def test_precision_switches_are_put_back():
+    backends = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        pytest.skip("an older PyTorch")
+    model = unet()
+    switches = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul]
+    before = [switch.fp32_precision for switch in switches]
+    for precision in ("fp32", "tf32"):
+        uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=1, precision=precision)
+        assert [switch.fp32_precision for switch in switches] == before
+
+
+# ---------------------------------------------------------------- errors
+
+
+class Functional(nn.Module):
+    """Dropout as a function, which no module's mode turns on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("model", [UNet(width=2, dropout=0.0), nn.Sequential(nn.Conv2d(3, 1, 1), nn.Dropout(0.0)), Functional()])
+def test_no_active_dropout_is_an_error(model):
+    with pytest.raises(ValueError, match="no dropout module with p > 0"):
+        uncertainty_maps(model, pictures(), target_layer=next(model.children()), passes=2)
+    with pytest.raises(ValueError), mc_dropout(model):
+        pass
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"passes": 0}, "passes must be"), ({"image_ids": ["a"]}, "2 images but 1 ids"),
+    ({"method": "quick"}, "method must be"), ({"precision": "fp8"}, "precision must be"),
+])
+def test_arguments_out_of_range(options, message):
+    model = unet()
+    with pytest.raises(ValueError, match=message):
+        uncertainty_maps(model, pictures(), target_layer=model.encoder4, **options)
+
+
+def test_certain_or_foreign_dropout_is_an_error():
+    for layer, message in ((nn.Dropout(1.0), "p = 1"), (nn.AlphaDropout(0.5), "AlphaDropout")):
+        with pytest.raises(ValueError, match=message):
+            active_dropout(nn.Sequential(nn.Conv2d(3, 1, 1), layer))
+
+
+def test_not_finite_logits_are_an_error():
+    model = unet()
+    model.head.bias.data.fill_(math.nan)
+    for method in ("general", "fast"):
+        with pytest.raises(ValueError, match="image 0 are not finite"):
+            uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=2, method=method)
+
+
+def test_the_fast_path_is_for_the_unmodified_network():
+    model = unet()
+    supports = unet_inference.supports
+    assert supports(model, model.encoder4) and supports(model, model.bottleneck)
+    assert not supports(model, model.encoder3) and not supports(nn.Sequential(model), model.encoder4)
+    handle = model.decoder2.register_forward_hook(lambda *_: None)
+    assert not supports(model, model.encoder4)
+    handle.remove()
+    model.decoder2.convolutions[2] = nn.LeakyReLU()
+    assert not supports(model, model.encoder4)
+    with pytest.raises(ValueError, match="unmodified UNet"):
+        uncertainty_maps(model, pictures(), target_layer=model.encoder4, method="fast")
+    maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=2)  # general, by itself
+    assert maps.pred_variance.max() > 0
+
+
+def test_sites_with_other_rates_and_none():
+    """Each site's own p, and a site with p = 0, which takes no mask."""
+    model, images = unet(), pictures()
+    model.dropout.p, model.decoder4.dropout.p, model.decoder3.dropout.p = 0.4, 0.0, 0.1
+    general, fast = (
+        uncertainty_maps(model, images, target_layer=model.encoder4, passes=4, method=m) for m in ("general", "fast")
+    )
+    for name in MAPS:
+        assert relative_error(getattr(fast, name), getattr(general, name)) < 1e-5
+
+
+# ---------------------------------------------------------------- any model
+
+
+def test_another_librarys_network_works():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=1, aux_loss=None
+    )
+    for module in model.modules():  # one look at some data, or an untrained network's signal dies out
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(pictures(4, 64, 64, seed=2))
+    model.eval()
+    images = pictures(1, 64, 64)
+    options = {"target_layer": model.backbone["16"], "passes": 5}
+    maps = uncertainty_maps(model, images, chunk=2, **options)
+    with mc_dropout(model, 42) as source, torch.no_grad():  # the same masks, pass by pass
+        passes = []
+        for t in range(5):
+            source.start("0", range(t, t + 1))
+            passes.append(torch.sigmoid(model(images)["out"][0, 0].double()))
+    expected = torch.stack(passes)
+    assert relative_error(maps.mean_prediction, expected.mean(0)[None]) < 1e-5
+    assert relative_error(maps.pred_variance, expected.var(0, unbiased=False)[None]) < 1e-3
+    assert maps.saliency_variance.max() > 0
+    assert "out" in model(images) and not any(m.training for m in model.modules())
