@@ -300,8 +300,8 @@ class SavedMaps:
                     continue
             maps = read_maps(self.path(id), ["pred_variance", "saliency_variance"])
             fused = fusion(*(torch.from_numpy(maps[key]).to(self.device) for key in ("pred_variance", "saliency_variance")))
-            arrays = {name: maps[name] for name in MAP_ARRAYS if name in maps}
-            write_maps(self.path(id), {**arrays, "fused_score": fused.cpu().numpy()}, maps["empty_cams"], identity, maps["fallbacks"])
+            arrays = {**{name: maps[name] for name in MAP_ARRAYS if name in maps}, "fused_score": fused.cpu().numpy()}
+            write_maps(self.path(id), arrays, maps["empty_cams"], identity, maps["fallbacks"])
 
 
 def make_maps(
