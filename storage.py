@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import platform
+import re
+import time
+import weakref
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Callable
 
 import numpy as np
 
 
 class UserError(Exception):
-    """Something the user can mend: one line with what is wrong, where, and what to do."""
+    """Something the user can mend: one line with what is wrong, where, and what to do.
+
+    Args:
+        message: the line. What is not printable, as the line breaks and control
+            characters that names of files may hold, is escaped.
+        file: the file to blame, where it is one.
+    """
+
+    def __init__(self, message: object, file: Path | None = None):
+        super().__init__(printable(str(message)))
+        self.file = file
+
+
+def printable(text: str) -> str:
+    """The text on one line, with everything escaped that a terminal would act on or cannot show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -32,7 +52,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         UserError: the file cannot be written (no space, no permission, a quota).
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as stream:
@@ -51,6 +71,39 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def _partial(path: Path) -> Path:
+    name = f".{path.name}.{os.getpid()}.partial"
+    if len(os.fsencode(name)) > 255:  # no file system takes more, and the name itself may be that long
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.{os.getpid()}.partial"
+    return path.with_name(name)
+
+
+def remove_partials(*folders: Path) -> None:
+    """Delete the half-written files that killed processes left directly in ``folders``.
+
+    Those of processes that are alive on this machine stay. One with the number
+    of this very process is a leftover too: in a container every run may have
+    the same number.
+    """
+    for folder in folders:
+        for path in Path(folder).glob(".*.partial"):
+            match = re.fullmatch(r"\..*\.(\d{1,10})\.partial", path.name, re.DOTALL)
+            if match and path.is_file() and not _is_another_alive(int(match[1])):
+                _remove(path)
+
+
+def _is_another_alive(process: int) -> bool:
+    if process == os.getpid() or os.name != "posix":  # Windows keeps an open file from being deleted
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def _remove(path: Path) -> None:
     with suppress(OSError):  # the failure that led here is the one to report
         path.unlink()
@@ -67,16 +120,43 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing, unreadable, or not a JSON object.
+        UserError: the file is missing, unreadable, or not a JSON object; NaN
+            and infinity, which strict JSON lacks, count as damage.
     """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object; delete it and run again")
+    return content
+
+
+#: What differs between two runs of the same experiment.
+WALL_CLOCK = ("minutes",)
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a checksum of itself (the wall-clock fields apart), for :func:`read_sealed`."""
+    content = json.loads(json.dumps(content, allow_nan=False))  # as it will be read back
+    return {**content, "checksum": fingerprint({k: v for k, v in content.items() if k not in WALL_CLOCK})}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON object that :func:`seal` completed.
+
+    Raises:
+        UserError: see :func:`read_json`, or the content was changed since.
+    """
+    content = read_json(path)
+    if content.get("checksum") != seal({k: v for k, v in content.items() if k != "checksum"})["checksum"]:
+        raise UserError(f"{path} was changed after the run wrote it; delete it and run main.py again")
     return content
 
 
@@ -114,42 +194,76 @@ def file_checksum(path: Path) -> str:
 
 
 class FolderLock:
-    """Holds a results folder for one process; the system lets go of it when the process dies.
+    """Holds a folder for one process; the system lets go of it when the process dies.
+
+    Args:
+        folder: made when absent.
+        remedy: what the user can do about a folder that is taken or cannot be written.
+        waiting: None refuses a folder that is taken; a function is called once
+            with a line that says who is waited for, and then it is waited for.
 
     Raises:
         UserError: on entering, when another living process holds it, or the
             folder cannot be written.
     """
 
-    def __init__(self, folder: Path):
-        self.path = Path(folder) / ".lock"
+    def __init__(
+        self, folder: Path, remedy: str = "choose another --results folder", waiting: Callable[[str], None] | None = None
+    ):
+        self.path, self.remedy, self.waiting = Path(folder) / ".lock", remedy, waiting
 
     def __enter__(self) -> FolderLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = open(self.path, "a+")
+            self.stream = open(self.path, "a+b", buffering=0)
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path.parent}: {error.strerror or error}; choose another --results folder"
-            ) from error
+            raise UserError(f"cannot write to {self.path.parent}: {error.strerror or error}; {self.remedy}") from error
         try:
-            _lock(self.stream.fileno())
+            self._acquire()
+            self.stream.truncate(0)
+            self.stream.write(f"process {os.getpid()} on {platform.node()}".encode())
         except OSError as error:
-            self.stream.seek(0)
-            holder = self.stream.read().strip() or "unknown"
             self.stream.close()
-            raise UserError(
-                f"{self.path.parent} is in use by another run ({holder}); wait for it or choose another --results folder"
-            ) from error
-        self.stream.truncate(0)
-        self.stream.write(f"process {os.getpid()} on {platform.node()}")
-        self.stream.flush()
+            raise UserError(f"cannot lock {self.path.parent}: {error.strerror or error}; {self.remedy}") from error
+        except BaseException:
+            self.stream.close()
+            raise
+        if hasattr(os, "register_at_fork"):
+            # a forked helper shares the lock, and would keep the folder when it outlives a killed run
+            reference = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _let_go(reference))
         return self
+
+    def _acquire(self) -> None:
+        told = False
+        while True:
+            try:
+                _lock(self.stream.fileno())
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):  # a file system without locks
+                    raise
+            self.stream.seek(0)
+            holder = self.stream.read().decode(errors="replace").strip() or "unknown"
+            if self.waiting is None:
+                raise UserError(f"{self.path.parent} is in use by another run ({holder}); wait for it or {self.remedy}")
+            if not told:
+                self.waiting(f"{self.path.parent} is in use by another run ({holder}); waiting for it")
+                told = True
+            time.sleep(0.1)
 
     def __exit__(self, *exception: object) -> None:
         # the file stays: removing it would let two others lock two files of the same name
-        self.stream.truncate(0)
-        self.stream.close()
+        if not self.stream.closed:
+            with suppress(OSError):  # the name of a holder that is gone does no harm
+                self.stream.truncate(0)
+            self.stream.close()
+
+
+def _let_go(reference: weakref.ReferenceType[FolderLock]) -> None:
+    lock = reference()
+    if lock is not None:
+        lock.stream.close()
 
 
 def _lock(descriptor: int) -> None:
@@ -202,6 +316,7 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
     """
     remedy = "delete it and run main.py again"
     try:
+        check_stored(path)
         with np.load(path, allow_pickle=False) as content:
             maps = {name: content[name] for name in content.files}
     except OSError as error:
@@ -219,6 +334,26 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
                 raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
             if not np.isfinite(values).all():
                 raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
-    for name, kind in (("empty_cams", int), ("fallbacks", int), ("identity", str)):
-        maps[name] = kind(maps[name])
+    for name, kinds, plain in (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str)):
+        if maps[name].ndim != 0 or maps[name].dtype.kind not in kinds:
+            raise UserError(f"{path}: {name} is {maps[name].dtype} {maps[name].shape}; {remedy}")
+        maps[name] = plain(maps[name])
     return maps
+
+
+def check_stored(path: Path) -> None:
+    """Refuse a zip file whose members claim to be larger than the file.
+
+    Map files and checkpoints are never compressed, so reading one never needs
+    more memory than the file has bytes.
+
+    Raises:
+        ValueError: a member is compressed, or the sizes do not add up.
+        OSError, zipfile.BadZipFile: it cannot be read, or is no zip file.
+    """
+    with zipfile.ZipFile(path) as content:
+        members = content.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("a member is compressed")
+    if sum(member.file_size for member in members) > os.path.getsize(path):
+        raise ValueError("the members are larger than the file")
