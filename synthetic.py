@@ -14,6 +14,7 @@ import io
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -21,7 +22,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from storage import whole_file
+from interruption import deaf_children, end_with_parent
+from storage import UserError, remove_partials, whole_file
 
 FIRST_NUMBER = 9_000_000  # far above every published ISIC number
 IMAGE_FOLDER = "ISIC2018_Task1-2_Training_Input"
@@ -553,7 +555,11 @@ def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2
         raise ValueError("count and processes must be at least 1 and seed at least 0, "
                          f"not {count}, {processes} and {seed}")
     for folder in (IMAGE_FOLDER, MASK_FOLDER):
-        Path(root, folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(root, folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {Path(root, folder)}: {error.strerror or error}; run where you may write") from error
+        remove_partials(Path(root, folder))
     write, notify = partial(write_pair, root=str(root), seed=seed), progress or (lambda: None)
     if processes == 1:
         for index in range(count):
@@ -561,6 +567,13 @@ def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2
             notify()
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, count), mp_context=context) as pool:
-        for _ in pool.map(write, range(count), chunksize=4):
-            notify()
+    with ProcessPoolExecutor(min(processes, count), mp_context=context, initializer=end_with_parent) as pool:
+        try:
+            with deaf_children():
+                finished = pool.map(write, range(count), chunksize=4)
+            for _ in finished:
+                notify()
+        except BrokenProcessPool as error:
+            raise UserError(f"a process that draws into {root} died; run the same command again") from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a stop or a full disk the rest is not worth waiting for
