@@ -28,7 +28,8 @@ def _flag(text: str, group: str) -> Any:
 
 # The fields that change neither weights nor maps: a results folder may be used again with others.
 NEUTRAL_FIELDS = (
-    "results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick", "resamples", "study",
+    "results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick", "skip_bad",
+    "resamples", "study",
 )
 
 
@@ -46,6 +47,7 @@ class Config:
     masks: str | None = _option(None, "folder of masks with the stems of --images, or with _segmentation, _lesion or _mask added", "data")
     download: bool = _flag("fetch the two official ISIC 2018 Task 1 archives into data/ISIC2018 first", "data")
     limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
+    skip_bad: bool = _flag("leave out pairs that are broken or incomplete, and list them; the split of the others stays", "data")
     cache: str | None = _option(None, "folder for the decoded-image cache [data/cache]", "data")
     image_size: int = _option(256, "pixels a side after resizing; a multiple of 16", "data", int, low=32, high=4096)
     test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)

@@ -7,18 +7,22 @@ import http.client
 import json
 import os
 import shutil
+import stat
+import threading
+import unicodedata
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
@@ -27,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
-from storage import UserError, fingerprint, read_json, write_json
+from storage import FolderLock, UserError, file_checksum, fingerprint, read_json, remove_partials, write_json
 
 ISIC_IMAGES = "ISIC2018_Task1-2_Training_Input"
 ISIC_MASKS = "ISIC2018_Task1_Training_GroundTruth"
@@ -37,6 +41,12 @@ ISIC_ARCHIVES = (
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 MASK_ENDINGS = ("_segmentation", "_lesion", "_mask")
+# The formats of these suffixes; Pillow knows others, some of which start programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+MAX_PIXELS = 2**26  # twice the largest dermoscopic photograph; a file of a few bytes may declare any number
+MIN_SIDE, MAX_ASPECT = 4, 100  # what is smaller or longer shows no lesion
+#: A zip file that claims to grow more than this is a bomb; photographs hardly shrink, masks tenfold to fiftyfold.
+MAX_EXPANSION, MAX_MEMBERS = 200, 200_000
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,6 +57,14 @@ class Pair(NamedTuple):
     id: str
     image: Path
     mask: Path
+
+
+class BadPair(NamedTuple):
+    """An id whose pair cannot be used: the file to blame, and what is wrong with it."""
+
+    id: str
+    file: str
+    reason: str
 
 
 class Split(NamedTuple):
@@ -78,41 +96,72 @@ def isic_folders(root: Path) -> tuple[Path, Path]:
     return root / ISIC_IMAGES, root / ISIC_MASKS
 
 
-def find_pairs(images: Path, masks: Path) -> list[Pair]:
+def find_pairs(images: Path, masks: Path, bad: list[BadPair] | None = None) -> list[Pair]:
     """All image files of one folder with their masks from another, sorted by id.
 
     A mask belongs to an image when its stem equals the image's, with or
     without one of ``MASK_ENDINGS``. The two may be the same folder: files
-    with such an ending are then masks.
+    with such an ending are then masks. An id is the stem in Unicode's composed
+    form: two systems may spell the same accent differently.
+
+    Args:
+        images, masks: the folders.
+        bad: where given, ids without exactly one image and one mask of its own
+            are appended here; otherwise the first of them is an error.
 
     Raises:
         UserError: a folder is missing, holds no image, an image has no mask,
-            or two files claim the same id.
+            two files claim the same id, or two images the same mask.
     """
     images, masks = Path(images), Path(masks)
-    found = _by_stem(images, skip_masks=images.resolve() == masks.resolve())
+    # not Path.resolve, which fails on a link to itself
+    same = os.path.realpath(images) == os.path.realpath(masks)
+    found = _by_stem(images, skip_masks=same)
     candidates = _by_stem(masks)
     if not found:
         raise UserError(f"no image files ({', '.join(IMAGE_SUFFIXES)}) in {images}; check the folder")
-    pairs = []
-    for stem, image in sorted(found.items()):
-        endings = MASK_ENDINGS if images.resolve() == masks.resolve() else ("", *MASK_ENDINGS)
-        names = [stem + ending for ending in endings if stem + ending in candidates]
-        if not names:
-            raise UserError(
-                f"image {image} has no mask: expected {stem} with or without "
-                f"{', '.join(MASK_ENDINGS)} in {masks}; add it or remove the image"
-            )
-        if len(names) > 1:
-            raise UserError(f"image {image} has several masks in {masks}: {', '.join(names)}; keep one")
-        pairs.append(Pair(stem, image, candidates[names[0]]))
+    pairs: list[Pair] = []
+    owners: dict[Path, str] = {}
+    for stem, files in sorted(found.items()):
+        try:
+            mask = _mask_of(stem, files, candidates, masks, MASK_ENDINGS if same else ("", *MASK_ENDINGS))
+            if mask in owners:
+                raise UserError(f"{mask} is the mask of both {owners[mask]} and {stem}; rename one of the images", mask)
+        except UserError as error:
+            if bad is None:
+                raise
+            bad.append(BadPair(stem, str(error.file or files[0]), str(error)))
+        else:
+            owners[mask] = stem
+            pairs.append(Pair(stem, files[0], mask))
     return pairs
 
 
-def _by_stem(folder: Path, skip_masks: bool = False) -> dict[str, Path]:
+def _mask_of(stem: str, files: list[Path], candidates: dict[str, list[Path]], masks: Path, endings: Sequence[str]) -> Path:
+    image = files[0]
+    if not stem.isprintable() or "\\" in stem:
+        # such a name can neither be printed nor be the name of a map everywhere
+        raise UserError(f"{image} has a line break, a backslash or bytes that are no text in its name; rename it", image)
+    if len(files) > 1:
+        raise UserError(f"{image} and {files[1].name} have the same stem; keep one", image)
+    names = [stem + ending for ending in endings if stem + ending in candidates]
+    if not names:
+        raise UserError(
+            f"image {image} has no mask: expected {stem} with or without "
+            f"{', '.join(MASK_ENDINGS)} in {masks}; add it or remove the image", image
+        )
+    if len(names) > 1:
+        raise UserError(f"image {image} has several masks in {masks}: {', '.join(names)}; keep one", image)
+    found = candidates[names[0]]
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1].name} have the same stem; keep one", found[0])
+    return found[0]
+
+
+def _by_stem(folder: Path, skip_masks: bool = False) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"folder {folder} does not exist; check --images and --masks")
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -125,14 +174,12 @@ def _by_stem(folder: Path, skip_masks: bool = False) -> dict[str, Path]:
         # the official image folder also holds superpixel maps in some copies
         if path.stem.endswith("_superpixels"):
             continue
-        if path.stem in found:
-            raise UserError(f"{found[path.stem]} and {path.name} have the same stem; keep one")
-        found[path.stem] = path
+        found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
     return found
 
 
-def limit_pairs(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
-    """At most ``limit`` pairs, evenly spaced over the sorted ids; None keeps all."""
+def limit_pairs(pairs: Sequence[Any], limit: int | None) -> list[Any]:
+    """At most ``limit`` pairs (or ids), evenly spaced over the sorted ids; None keeps all."""
     if limit is None or limit >= len(pairs):
         return list(pairs)
     return [pairs[i * len(pairs) // limit] for i in range(limit)]
@@ -161,6 +208,19 @@ def split_ids(
     return Split(sorted(train), sorted(validation), sorted(test))
 
 
+def leave_out(split: Split, bad: Collection[str]) -> Split:
+    """The split without some ids; every other id stays in its part.
+
+    Raises:
+        UserError: a part has no image left, or training fewer than the two that batch norm needs.
+    """
+    rest = Split(*([id for id in part if id not in bad] for part in split))
+    for name, part, least in zip(Split._fields, rest, (2, 1, 1)):
+        if len(part) < least:
+            raise UserError(f"without the {len(bad)} bad pairs the {name} part has {len(part)} images; repair some of them")
+    return rest
+
+
 # ---------------------------------------------------------------- the download
 
 
@@ -176,12 +236,14 @@ def download_isic(root: Path, archives: Sequence[tuple[str, str]] = ISIC_ARCHIVE
         UserError: the server cannot be reached, or an archive is broken or unsafe.
     """
     root = Path(root)
-    for url, folder in archives:
-        if (root / folder).is_dir():
-            continue
-        archive = root / url.rsplit("/", 1)[1]
-        _fetch(url, archive)
-        _unpack(archive, root, folder)
+    missing = [(url, folder) for url, folder in archives if not (root / folder).is_dir()]
+    if not missing:
+        return
+    with FolderLock(root, "give --data a folder that is complete"):  # two at once would mix their bytes in one file
+        for url, folder in missing:
+            archive = root / url.rsplit("/", 1)[1]
+            _fetch(url, archive)
+            _unpack(archive, root, folder)
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -213,7 +275,7 @@ def _fetch(url: str, path: Path) -> None:
         if total and part.stat().st_size != total:
             raise UserError(f"the download of {url} stopped early; run the same command again to continue it")
         part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {url} ({_one_line(error)}); run the same command again to continue, "
             f"or put the unpacked archive into {path.parent}"
@@ -229,7 +291,13 @@ def _unpack(archive: Path, root: Path, folder: str) -> None:
                 target = (root / member.filename).resolve()
                 if root.resolve() not in target.parents:
                     raise UserError(f"{archive} holds the unsafe path {member.filename!r}; delete it and download again")
-            _check_space(root, sum(member.file_size for member in members))
+            size = sum(member.file_size for member in members)  # no member can grow beyond what it declares
+            if len(members) > MAX_MEMBERS or size > MAX_EXPANSION * archive.stat().st_size + 2**20:
+                raise UserError(
+                    f"{archive} would grow from {archive.stat().st_size} bytes to {size} in {len(members)} files; "
+                    "that is no archive of pictures: delete it and download again"
+                )
+            _check_space(root, size, "make room")
         staging = root / f".{folder}.partial"
         shutil.rmtree(staging, ignore_errors=True)
         extract_archive(str(archive), str(staging))  # checks every member's CRC as it reads
@@ -239,36 +307,50 @@ def _unpack(archive: Path, root: Path, folder: str) -> None:
         inner.rename(root / folder)
         shutil.rmtree(staging, ignore_errors=True)
         archive.unlink()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is broken ({_one_line(error)}); delete it and run the same command again") from error
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot unpack {archive}: {error.strerror or error}; make room and run again") from error
+    except Exception as error:  # a damaged archive may be encrypted, packed in an unknown way, or anything else
+        raise UserError(f"{archive} is broken ({_one_line(error)}); delete it and run the same command again") from error
 
 
 # ---------------------------------------------------------------- decoding
 
 
+_opening = threading.Lock()
+
+
 def _open(path: Path) -> Image.Image:
-    """Open an image file; every failure of Pillow becomes one line naming the file."""
+    """Open an image file without decoding it; refuse what no picture is."""
     if not path.is_file():
-        raise UserError(f"{path} is not a readable file; restore it or remove its pair")
+        raise UserError(f"{path} is not a readable file; restore it or remove its pair", path)
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes); restore it or remove its pair")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        raise UserError(f"{path} is empty (0 bytes); restore it or remove its pair", path)
+    with _opening, warnings.catch_warnings():  # filters of warnings belong to the process, not to the thread
+        warnings.simplefilter("ignore")  # too many pixels are an error here, whatever Pillow calls them
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+    return image
 
 
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    """Call ``read``; every failure of Pillow becomes one line naming the file."""
     try:
         return read()
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path} has too many pixels to be a photograph ({error}); remove its pair") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{path} has too many pixels to be a photograph ({_one_line(error)}; at most {MAX_PIXELS}); remove its pair", path
+        ) from error
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image, whatever its name says; restore it or remove its pair", path) from error
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
         raise UserError(
-            f"cannot decode {path} ({type(error).__name__}: {_one_line(error)}); restore it or remove its pair"
+            f"cannot decode {path} ({type(error).__name__}: {_one_line(error)}); restore it or remove its pair", path
         ) from error
 
 
@@ -292,7 +374,9 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
         uint8 (H, W, 3).
 
     Raises:
-        UserError: the file is missing, truncated or not an image.
+        UserError: the file is missing, truncated or not an image, has more than
+            ``MAX_PIXELS``, a side below ``MIN_SIDE``, or sides that differ more
+            than ``MAX_ASPECT`` times.
     """
     return _guarded(Path(path), lambda: _read_image(Path(path), size)[0])
 
@@ -300,6 +384,10 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
 def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
     with _open(path) as image:
         original = image.size
+        if min(original) < MIN_SIDE or max(original) > MAX_ASPECT * min(original):
+            raise UserError(
+                f"{path} is {original[0]} x {original[1]} pixels, too small or too long to show a lesion; remove its pair", path
+            )
         if size is not None and image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))
         orientation = image.getexif().get(0x0112, 1)
@@ -314,12 +402,14 @@ def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, in
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
         values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinite values")
         # 16-bit files use 0 to 65535, float files 0 to 1 or 0 to 255
         top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0
         if image.mode != "F":
             top = 65535.0
-        values = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
-        image = Image.fromarray(values)
+        values *= 255.0 / top
+        image = Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -327,13 +417,16 @@ def read_mask(path: Path, size: int | None = None) -> np.ndarray:
     """Decode a mask file to 0 and 1, upright, optionally resized (nearest).
 
     A pixel is lesion where its grey value exceeds half of the file's largest
-    one, so masks of 0 and 255, of 0 and 1, and soft ones all work.
+    one, so masks of 0 and 255, of 0 and 1, and soft ones all work. A few
+    distinct levels that fill areas, as in a map of several classes, do not:
+    which of them is the lesion cannot be known.
 
     Returns:
         uint8 (H, W) of 0 and 1.
 
     Raises:
-        UserError: the file is missing, truncated, not an image, or empty of lesion.
+        UserError: the file is missing, truncated, not an image, empty of
+            lesion, or a map of several classes.
     """
     return _guarded(Path(path), lambda: _read_mask(Path(path), size)[0])
 
@@ -345,13 +438,42 @@ def _read_mask(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int
         if image.mode not in ("L", "1", "I", "I;16", "I;16B", "I;16L", "F"):
             image = image.convert("RGB").convert("L")
         values = np.asarray(image)
-    peak = values.max(initial=0)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise UserError(f"mask {path} holds NaN or infinite values; correct it or remove its pair", path)
+    peak = float(values.max(initial=0))  # arithmetic with the 8-bit number itself would overflow
     if not peak > 0:
-        raise UserError(f"mask {path} is empty: it marks no lesion anywhere; correct it or remove its pair")
+        raise UserError(f"mask {path} is empty: it marks no lesion anywhere; correct it or remove its pair", path)
+    levels = _class_levels(values, peak)
+    if levels:
+        raise UserError(
+            f"mask {path} has {len(levels)} grey levels ({', '.join(f'{level:g}' for level in levels)}), like a map of "
+            "several classes; save it with two, background and lesion, or remove its pair", path
+        )
     binary = (values > peak / 2).astype(np.uint8)
     if size is not None:
         binary = np.asarray(Image.fromarray(binary).resize((size, size), Image.Resampling.NEAREST))
     return binary, original
+
+
+def _class_levels(values: np.ndarray, peak: float) -> list[float]:
+    """The grey levels of a mask, where they look like classes; none where they look like one soft or binary lesion.
+
+    Classes are three to eight levels of which one between an eighth and seven
+    eighths of ``peak`` fills areas: somewhere a block of 3 x 3 pixels, or, being
+    the only one between, a twentieth of all that is not background. Soft edges
+    are thin, and JPEG's ringing stays close to the two ends.
+    """
+    levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if values.dtype == np.uint8 else np.unique(values)
+    if not 3 <= len(levels) <= 8:
+        return []
+    between = [level for level in levels if peak / 8 < level < peak * 7 / 8]
+    for level in between:
+        here = values == level
+        rows = here[:-2] & here[1:-1] & here[2:]
+        block = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+        if block.any() or (len(between) == 1 and 20 * here.sum() >= (values > peak / 8).sum()):
+            return [float(level) for level in levels]
+    return []
 
 
 def decode_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -366,10 +488,12 @@ def decode_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
     if image_size != mask_size:
         raise UserError(
             f"{pair.image} is {image_size[0]} x {image_size[1]} but its mask {pair.mask.name} is "
-            f"{mask_size[0]} x {mask_size[1]}; correct the mask or remove the pair"
+            f"{mask_size[0]} x {mask_size[1]}; correct the mask or remove the pair", pair.mask
         )
     if not mask.any():
-        raise UserError(f"mask {pair.mask} vanishes at {size} x {size} pixels; remove its pair or use a larger --image-size")
+        raise UserError(
+            f"mask {pair.mask} vanishes at {size} x {size} pixels; remove its pair or use a larger --image-size", pair.mask
+        )
     return image, mask
 
 
@@ -386,6 +510,7 @@ class DecodedPairs:
         records: uint8 memory map (slots, 4 * size * size): RGB rows, then the mask.
         slots: slot of each id.
         checksums: id -> [SHA-256 of the image file, of the mask file].
+        skipped: the pairs left out because they are broken or incomplete.
     """
 
     ids: list[str]
@@ -393,6 +518,7 @@ class DecodedPairs:
     records: np.ndarray
     slots: dict[str, int]
     checksums: dict[str, list[str]]
+    skipped: list[BadPair] = field(default_factory=list)
 
     def image(self, id: str) -> np.ndarray:
         """uint8 (size, size, 3)."""
@@ -408,91 +534,195 @@ class DecodedPairs:
 
 
 def decode_pairs(
-    pairs: Sequence[Pair], size: int, cache: Path, progress: Callable[[int], None] = lambda count: None
+    pairs: Sequence[Pair],
+    size: int,
+    cache: Path,
+    progress: Callable[[int], None] = lambda count: None,
+    bad: list[BadPair] | None = None,
+    waiting: Callable[[str], None] = lambda line: None,
 ) -> DecodedPairs:
     """Decode every pair once into a memory-mapped cache and reuse it afterwards.
 
     A pair whose files kept their size and modification time is not read again;
     a changed one alone is redone. Work is saved as it goes, so an interrupted
-    call continues where it stopped.
+    call continues where it stopped. Several runs may use one cache: one decodes
+    at a time, and a record that was once listed is never overwritten, so that a
+    run that has it mapped keeps what it started with.
 
     Args:
         pairs: what to decode.
         size: side in pixels.
         cache: folder for the cache; made when absent.
         progress: called with the number of pairs that became ready.
+        bad: where given, broken pairs are appended here and left out;
+            otherwise the first of them is an error.
+        waiting: called with a line when another run is decoding into the cache.
 
     Raises:
-        UserError: a pair is broken, or the cache cannot be written.
+        UserError: a pair is broken, none is left, or the cache cannot be written.
     """
-    key = fingerprint([str(pairs[0].image.parent.resolve()), str(pairs[0].mask.parent.resolve()), size])[:16]
+    if not pairs:
+        raise UserError("no pair is left: every one is broken; repair some of them")
+    refused: dict[str, UserError] = {}
+    stamps: dict[str, list[Any]] = {}
+    for pair in pairs:
+        try:
+            stamps[pair.id] = [_stamp(pair.image), _stamp(pair.mask)]
+        except UserError as error:
+            if bad is None:
+                raise
+            refused[pair.id] = error
+    key = fingerprint([os.path.realpath(pairs[0].image.parent), os.path.realpath(pairs[0].mask.parent), size])[:16]
     folder = Path(cache) / f"{size}px-{key}"
-    index_path, data_path = folder / "index.json", folder / "pairs.uint8"
-    index: dict[str, Any] = read_json(index_path)["pairs"] if index_path.is_file() and data_path.is_file() else {}
-    stamps = {pair.id: [_stamp(pair.image), _stamp(pair.mask)] for pair in pairs}
-    todo = [pair for pair in pairs if index.get(pair.id, {}).get("stamps") != stamps[pair.id]]
-    progress(len(pairs) - len(todo))
-    slots = {id: entry["slot"] for id, entry in index.items()}
-    for pair in todo:
-        slots.setdefault(pair.id, len(slots))
-    record_bytes = 4 * size * size
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if todo:
-            _check_space(folder, len(slots) * record_bytes - (data_path.stat().st_size if data_path.exists() else 0))
-            with open(data_path, "ab") as stream:
-                stream.truncate(len(slots) * record_bytes)
-        records = np.memmap(data_path, np.uint8, "r+" if todo else "r", shape=(len(slots), record_bytes))
-    except OSError as error:
-        raise UserError(f"cannot write the cache in {folder}: {error.strerror or error}; give --cache another folder") from error
+    todo = _outdated(folder, size, pairs, stamps)
+    progress(len(stamps) - len(todo))
+    if todo:
+        with FolderLock(folder, "give --cache another folder", waiting):
+            remove_partials(folder)
+            missing = _outdated(folder, size, todo, stamps)  # what the run that was waited for has done is done
+            progress(len(todo) - len(missing))
+            _decode_into(folder, size, missing, stamps, progress, None if bad is None else refused)
+    for pair in pairs:
+        if bad is not None and pair.id in refused:
+            error = refused[pair.id]
+            bad.append(BadPair(pair.id, str(error.file or pair.image), str(error)))
+    entries = _read_index(folder, size).entries
+    ids = [pair.id for pair in pairs if pair.id not in refused]
+    if not ids:
+        raise UserError("no pair is left: every one is broken; repair some of them")
+    records = _map_records(folder, size, entries)
+    return DecodedPairs(
+        ids, size, records, {id: entries[id]["slot"] for id in ids}, {id: entries[id]["checksums"] for id in ids}
+    )
 
-    def work(pair: Pair) -> tuple[str, list[str]]:
-        checksums = [_checksum(pair.image), _checksum(pair.mask)]
-        image, mask = decode_pair(pair, size)
-        records[slots[pair.id]] = np.concatenate([image.ravel(), mask.ravel()])
-        return pair.id, checksums
+
+class _Index(NamedTuple):
+    """What a cache holds: id -> slot, stamps and checksums of its files, CRC-32 of its record; the first unused slot."""
+
+    entries: dict[str, dict[str, Any]]
+    unused: int
+
+
+def _read_index(folder: Path, size: int) -> _Index:
+    """The index of a cache; a missing, damaged or differently made cache counts as empty."""
+    try:
+        content = read_json(folder / "index.json")
+        if content["made_by"] != _maker(size):
+            return _Index({}, 0)
+        entries, unused = content["pairs"], content["unused"]
+        slots = [entry["slot"] for entry in entries.values() if isinstance(entry["checksums"], list)]
+        length = (folder / "pairs.uint8").stat().st_size
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return _Index({}, 0)
+    whole = len(slots) == len(entries) and all(type(slot) is int and 0 <= slot < unused for slot in slots)
+    if not whole or len(set(slots)) < len(slots) or (max(slots, default=-1) + 1) * 4 * size * size > length:
+        return _Index({}, 0)
+    return _Index(entries, unused)
+
+
+def _maker(size: int) -> dict[str, Any]:
+    """What decides the pixels beside the files: this program's decoding, and Pillow's."""
+    return {"decoding": 2, "pillow": PIL.__version__, "size": size}
+
+
+def _map_records(folder: Path, size: int, entries: dict[str, dict[str, Any]]) -> np.ndarray:
+    length = 4 * size * size
+    count = 1 + max((entry["slot"] for entry in entries.values()), default=-1)
+    if not count:
+        return np.empty((0, length), np.uint8)
+    try:
+        return np.memmap(folder / "pairs.uint8", np.uint8, "r", shape=(count, length))
+    except OSError as error:
+        raise UserError(f"cannot read the cache in {folder}: {error.strerror or error}; give --cache another folder") from error
+
+
+def _outdated(folder: Path, size: int, pairs: Sequence[Pair], stamps: dict[str, list[Any]]) -> list[Pair]:
+    """The pairs with stamps whose record is missing, of other files, or damaged."""
+    entries = _read_index(folder, size).entries
+    records = _map_records(folder, size, entries)
+
+    def is_current(pair: Pair) -> bool:
+        entry = entries.get(pair.id, {})
+        return entry.get("stamps") == stamps[pair.id] and zlib.crc32(records[entry["slot"]]) == entry.get("crc")
+
+    return [pair for pair in pairs if pair.id in stamps and not is_current(pair)]
+
+
+def _decode_into(
+    folder: Path, size: int, pairs: Sequence[Pair], stamps: dict[str, list[Any]], progress: Callable[[int], None],
+    refused: dict[str, UserError] | None,
+) -> None:
+    """Decode pairs into unused slots of the cache that this process has locked."""
+    entries, unused = _read_index(folder, size)
+    data_path, length, lock = folder / "pairs.uint8", 4 * size * size, threading.Lock()
+
+    def work(pair: Pair) -> tuple[dict[str, Any] | None, UserError | None]:
+        nonlocal unused
+        try:
+            checksums = [_checksum(pair.image), _checksum(pair.mask)]
+            image, mask = decode_pair(pair, size)
+        except UserError as error:
+            if refused is None:
+                raise
+            return None, error
+        record = np.concatenate([image.ravel(), mask.ravel()])
+        with lock:  # a full disk is an error to a written file; to a written memory map it is the end of the process
+            slot, unused = unused, unused + 1
+            stream.seek(slot * length)
+            stream.write(record)
+            stream.flush()
+        return {"slot": slot, "stamps": stamps[pair.id], "checksums": checksums, "crc": zlib.crc32(record)}, None
 
     def save() -> None:
-        records.flush()
-        write_json(index_path, {"version": 1, "size": size, "pairs": index})
+        os.fsync(stream.fileno())
+        write_json(folder / "index.json", {"made_by": _maker(size), "unused": unused, "pairs": entries})
 
-    # Pillow and hashlib release the interpreter lock, so threads use every core.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for count, (id, checksums) in enumerate(pool.map(work, todo), 1):
-                index[id] = {"slot": slots[id], "stamps": stamps[id], "checksums": checksums}
-                progress(1)
-                if count % 256 == 0:
-                    save()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            if todo:
+    try:
+        if not entries:
+            data_path.unlink(missing_ok=True)  # rather than overwrite what another run may have mapped
+        present = data_path.stat().st_size if data_path.exists() else 0
+        _check_space(folder, (unused + len(pairs)) * length - present)
+        # Pillow and hashlib release the interpreter lock, so threads use every core.
+        with open(data_path, "r+b" if data_path.exists() else "w+b") as stream, \
+                ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                for count, (pair, (entry, error)) in enumerate(zip(pairs, pool.map(work, pairs)), 1):
+                    if entry is not None:
+                        entries[pair.id] = entry
+                    else:
+                        refused[pair.id] = error
+                    progress(1)
+                    if count % 256 == 0:
+                        save()
+            finally:
+                pool.shutdown(cancel_futures=True)
                 save()
-    ids = [pair.id for pair in pairs]
-    return DecodedPairs(ids, size, records, slots, {id: index[id]["checksums"] for id in ids})
+    except OSError as error:
+        raise UserError(f"cannot write the cache in {folder}: {error.strerror or error}; give --cache another folder") from error
 
 
 def _stamp(path: Path) -> list[Any]:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair", path) from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+        raise UserError(f"{path} is a folder or a device and not a file; rename it or remove its pair", path)
     return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def _checksum(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_checksum(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair", path) from error
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _check_space(folder: Path, needed: int, remedy: str = "make room, or give --cache another folder") -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder} needs {needed / 2**20:.0f} MiB more but {free / 2**20:.0f} MiB are free; "
-            "make room, or give --cache another folder"
+            f"{folder} needs {needed / 2**20:.0f} MiB more but {free / 2**20:.0f} MiB are free; {remedy}"
         )
 
 
