@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 import time
@@ -15,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from checkpoints import load_model, resumable_state, save_best, save_checkpoint, weights_fingerprint
 from config import Config
 from dataset import DecodedPairs, TrainingImages, batches, derived_seed, normalise
+from interruption import deaf_children, end_with_parent
 from model import UNet
 from processes import Processes, with_group_batch_norm, with_row_dropout
-from storage import UserError, whole_file, write_csv
+from storage import UserError, write_csv
 
 
 class TrainingResult(NamedTuple):
@@ -28,49 +29,6 @@ class TrainingResult(NamedTuple):
     model: UNet
     best_dice: float
     log: list[dict[str, Any]]
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint that loads with ``weights_only=True``, whole or not at all."""
-    with whole_file(path) as stream:
-        torch.save(content, stream)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code it may contain.
-
-    Raises:
-        UserError: it is missing, damaged, or holds more than weights.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; run main.py first") from error
-    except Exception as error:  # the restricted unpickler raises almost anything on foreign bytes
-        raise UserError(
-            f"{path} is not a checkpoint of this program ({type(error).__name__}); delete it and run again"
-        ) from error
-    if not isinstance(content, dict) or not {"model", "options"} <= content.keys():
-        raise UserError(f"{path} lacks the model or its options; delete it and run again")
-    return content
-
-
-def load_model(path: Path, device: torch.device) -> UNet:
-    """Rebuild the U-Net that a checkpoint describes, in evaluation mode.
-
-    Raises:
-        UserError: see :func:`load_checkpoint`, or the weights do not fit the options.
-    """
-    content = load_checkpoint(path)
-    try:
-        model = UNet(**content["options"])
-        model.load_state_dict(content["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the model it describes; delete it and run again") from error
-    return model.to(device).eval()
 
 
 # ---------------------------------------------------------------- the loop
@@ -192,13 +150,19 @@ def validate(
     return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every weight and statistic of a model: equal weights, equal fingerprint."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _loaded(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader; the death of one of its processes is one line."""
+    try:
+        with deaf_children():
+            iterator = iter(loader)
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data-loading process died ({str(error).splitlines()[0]}); finished epochs are kept; "
+            "run the same command again, with --workers 0 or fewer if memory is short"
+        ) from error
 
 
 def train(
@@ -210,6 +174,7 @@ def train(
     results: Path,
     identity: str,
     progress: Callable[[int, str], None] = lambda count, note: None,
+    before_epoch: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Train with Adam on binary cross-entropy; keep the weights of the best validation Dice.
 
@@ -233,9 +198,12 @@ def train(
         results: folder of the run; rank 0 writes.
         identity: fingerprint of the configuration and data.
         progress: called with finished images and a note.
+        before_epoch: called before anything is trained; not at all where training is finished.
 
     Raises:
-        UserError: the loss is no longer finite, or a file cannot be read or written.
+        UserError: the loss is no longer finite (the line names the first such
+            step), the weights are not those this run wrote, or a file cannot be
+            read or written.
     """
     device = group.device
     best_path, state_path = results / "weights" / "best_model.pth", results / "weights" / "training_state.pth"
@@ -244,14 +212,15 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     precision = training_precision(config.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    done = {"epoch": 0, "best": -1.0, "waited": 0, "log": []}
-    if state_path.exists() and best_path.exists():
-        saved = load_checkpoint(state_path)
-        if saved.get("identity") == identity:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-            done = saved["done"]
+    done = {"epoch": 0, "best": -1.0, "best_epoch": 0, "best_weights": "", "waited": 0, "log": []}
+    saved = group.shared(lambda: resumable_state(state_path, best_path, identity))
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        done = saved["done"]
+        if group.first:  # a run may have died just before it wrote this
+            write_csv(results / "training_log.csv", done["log"])
     sites = with_row_dropout(model)
     model = with_group_batch_norm(model, group)
     network: nn.Module = torch.compile(model) if config.compile else model
@@ -259,30 +228,31 @@ def train(
         network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
     order = EpochBatches(len(train_ids), config.batch_size, config.seed, group.rank, group.world)
+    sizes = [order.size(step) for step in range(len(order))]
     workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
     loader = DataLoader(
         TrainingImages(pairs, train_ids, config.augment, config.seed), batch_sampler=order, num_workers=workers,
-        persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0, pin_memory=device.type == "cuda", worker_init_fn=end_with_parent,
     )
     while done["epoch"] < config.epochs and done["waited"] < config.patience:
+        before_epoch()
         epoch, started, waited = done["epoch"], time.perf_counter(), 0.0
         order.epoch = epoch
         torch.manual_seed(derived_seed(config.seed, "dropout", epoch))
         model.train()
-        losses = []  # of each step, left on the device: no step waits for its own loss
+        losses = []  # of each step, left on the device: a look at one would wait for it
         asked = time.perf_counter()
-        for step, (images, masks) in enumerate(loader):
+        for step, (images, masks) in enumerate(_loaded(loader)):
             waited += time.perf_counter() - asked
-            for group_of_parameters in optimizer.param_groups:
-                group_of_parameters["lr"] = learning_rate(config, epoch + step / len(order))
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(config, epoch + step / len(order))
             for site in sites:
-                site.rows, site.total = order.rows(step), order.size(step)
+                site.rows, site.total = order.rows(step), sizes[step]
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
-            # the mean over the global batch; DistributedDataParallel averages over processes, hence ``world``
-            share = len(images) / order.size(step)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * share
+            # the own share of the global batch's mean; the gradients are averaged over processes, hence ``world``
+            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * (len(images) / sizes[step])
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss * group.world).backward()
             if config.clip > 0:
@@ -291,18 +261,20 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.detach())
-            progress(order.size(step), f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
+            progress(sizes[step], f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
             asked = time.perf_counter()
         by_step = group.summed(torch.stack(losses)).tolist()
+        seconds = time.perf_counter() - started
+        kept = f"the best weights so far are kept in {best_path}" if best_path.exists() else "no epoch was finished"
+        advice = f"{kept}; lower --lr and give --fresh or another --results"
         bad = next((step for step, value in enumerate(by_step) if not math.isfinite(value)), None)
         if bad is not None:
-            raise UserError(
-                f"the training loss is {by_step[bad]} in step {bad + 1} of epoch {epoch + 1}; the best weights so far "
-                f"are kept in {best_path}; lower --lr, or give --clip 1"
-            )
-        seconds = time.perf_counter() - started
-        sizes = [order.size(step) for step in range(len(order))]
+            where = f"at step {bad + 1} of {len(order)} of epoch {epoch + 1}"
+            raise UserError(f"the training loss is {by_step[bad]} {where}; {advice}")
         scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, group, precision)
+        if not math.isfinite(scores["loss"]):
+            where = f"after step {len(order)} of epoch {epoch + 1}"
+            raise UserError(f"the validation loss is {scores['loss']} {where}; {advice}")
         improved = scores["dice"] > done["best"]
         row = {
             "epoch": epoch + 1, "train_loss": sum(map(operator.mul, by_step, sizes)) / sum(sizes),
@@ -312,13 +284,17 @@ def train(
         }
         done = {
             "epoch": epoch + 1, "best": max(done["best"], scores["dice"]),
+            "best_epoch": epoch + 1 if improved else done["best_epoch"],
+            "best_weights": weights_fingerprint(model) if improved else done["best_weights"],
             "waited": 0 if improved else done["waited"] + 1, "log": [*done["log"], row],
         }
-        content = {"model": model.state_dict(), "options": model.options, "identity": identity}
         if group.first:
-            if improved:
-                save_checkpoint(best_path, {**content, "epoch": epoch + 1, "validation_dice": scores["dice"]})
+            content = {"model": model.state_dict(), "options": model.options, "identity": identity}
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "done": done}
+            # the state first: from it a lost or older best_model.pth can be made again, not the other way round
             save_checkpoint(state_path, {**content, **state})
+            if improved:
+                save_best(best_path, content, done)
             write_csv(results / "training_log.csv", done["log"])
-    return TrainingResult(group.shared(lambda: load_model(best_path, torch.device("cpu"))).to(device), done["best"], done["log"])
+    best_model = group.shared(lambda: load_model(best_path, torch.device("cpu")))
+    return TrainingResult(best_model.to(device), done["best"], done["log"])
