@@ -10,13 +10,17 @@ import platform
 import shutil
 import signal
 import sys
+
+if __name__ == "__main__":  # while the packages load there is nothing to save: Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,38 +28,42 @@ from tqdm import tqdm
 
 import evaluation
 import visualize
+from checkpoints import weights_fingerprint
 from config import QUICK, Config, parse_config
 from counters import Counters, count_scores, merge
 from dataset import (
+    BadPair,
     DecodedPairs,
     Split,
-    batches,
     decode_pairs,
     download_isic,
     find_pairs,
     isic_folders,
+    leave_out,
     limit_pairs,
     split_ids,
 )
 from fusion import Fusion, lambda_grid
+from interruption import StopSignals
+from maps import MAP_FOLDERS, SavedMaps, make_maps
 from model import UNet
 from processes import Processes, is_first, process_group
 from storage import (
-    MAP_ARRAYS,
     FolderLock,
     UserError,
     fingerprint,
+    printable,
     read_json,
     read_maps,
+    remove_partials,
+    seal,
     whole_file,
     write_csv,
     write_json,
-    write_maps,
 )
 from study import run_study
 from synthetic import write_synthetic_dataset
-from train import train, training_precision, weights_fingerprint
-from uncertainty import uncertainty_maps
+from train import train, training_precision
 
 DATA = Path("data")
 RESULTS = Path("results")
@@ -78,38 +86,57 @@ class Source(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment that the command line describes; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        run(parse_config(argv, __doc__))
-    except UserError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("\nstopped; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    except _Terminated:
-        say("\nterminated; finished epochs and maps are kept; the same command goes on from there", file=sys.stderr)
-        return 143
-    return 0
+    with StopSignals() as signals:
+        try:
+            run(parse_config(argv, __doc__))
+        except UserError as error:
+            complain(f"error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            # the helpers may die of the same signal and be reported first
+            if signals.signum is None and not isinstance(error, OSError):
+                raise
+            if signals.signum is None:  # a terminal or a pipe that is gone, a disk that fails while it is read
+                complain(f"error: {UserError(error)}; run the same command again to go on")
+                return 2
+        else:
+            return 0
+        signum = signals.signum or signal.SIGINT
+        complain(f"stopped by {signal.Signals(signum).name}; the same command goes on from there")
+        return 128 + signum
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def complain(line: str) -> None:
+    """Print a line for the user, once, unless the terminal or the disk below the log is what failed."""
+    with suppress(OSError):
+        if is_first():
+            print(line, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
     """Print, in the first process only."""
     if is_first():
-        print(text, file=file)
+        print(text)
 
 
-def bar(description: str, total: int, unit: str, initial: int = 0) -> tqdm:
+def bar(description: str, total: int, unit: str) -> tqdm:
     """A progress bar, in the first process only."""
-    return tqdm(desc=description, total=total, unit=unit, initial=initial, smoothing=0.05, disable=not is_first())
+    return tqdm(desc=description, total=total, unit=unit, smoothing=0.05, disable=not is_first())
 
 
-class _Terminated(Exception):
-    """SIGTERM arrived."""
-
-
-def _stop(signum: int, frame: object) -> None:
-    raise _Terminated
+@contextmanager
+def saying_what_is_kept(results: Path) -> Iterator[None]:
+    """Where the block is stopped, print what of the run is safe."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log = results / "training_log.csv"
+        epochs = max(len(log.read_text().splitlines()) - 1, 0) if log.is_file() else 0
+        maps = len(list(results.glob("uncertainty_maps/*/*.npz")))
+        complain(f"\nkept in {results}: {epochs} finished epochs, {maps} finished maps")
+        raise
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -118,37 +145,37 @@ def run(config: Config) -> dict[str, Any]:
     with process_group(config.device) as group:
         config, source = group.shared(lambda: find_source(config))
         results = Path(config.results or RESULTS / (source.name + ("-quick" if config.quick and not source.synthetic else "")))
-        with FolderLock(results) if group.first else nullcontext():
+        with FolderLock(results) if group.first else nullcontext(), saying_what_is_kept(results):
+            if group.first:
+                remove_partials(results, *(results / name for name in ("weights", "figures", *MAP_FOLDERS)))
             pairs, split = prepare_data(config, source, group)
             identity = group.shared(lambda: claim_results(results, config, source, pairs, split, group.device))
             model = train_model(config, pairs, split, group, results, identity)
             identity = fingerprint([identity, weights_fingerprint(model)])
 
-            validation = make_maps(config, model, pairs, split.validation, group, results, "validation", identity)
+            make = partial(make_maps, config, model, pairs, group=group, results=results, identity=identity,
+                           before_first=partial(unfinish, results))
+            validation = make(split.validation, part="validation")
             fusion = group.shared(lambda: evaluation.tune(validation, bins=config.bins, lambdas=config.lambda_steps + 1))
-            test = make_maps(config, model, pairs, split.test, group, results, "test", identity, fusion)
-            validation.add_fused_scores(fusion, identity, group)
+            test = make(split.test, part="test", fusion=fusion)
+            for part in (validation, test):
+                part.add_fused_scores(fusion, identity, group)
 
             counted, tested = count(config, validation, test, fusion, group)
-            return group.shared(
-                lambda: finish(config, source, pairs, validation, test, fusion, counted, tested, results, started)
-            )
 
+            def finish() -> dict[str, Any]:
+                metrics, rows = evaluate(config, validation, test, fusion, counted, tested, results, identity)
+                metrics = {
+                    **metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60,
+                    "identity": identity, "skipped": [entry._asdict() for entry in pairs.skipped],
+                }
+                write_csv(results / "per_image.csv", rows)
+                draw_figures(config, metrics, pairs, test, results)
+                write_json(results / "metrics.json", seal(metrics))  # last: its presence says that the run is finished
+                report(metrics, results, source)
+                return metrics
 
-def finish(
-    config: Config, source: Source, pairs: DecodedPairs, validation: SavedMaps, test: SavedMaps, fusion: Fusion,
-    counted: Counters, tested: Counters, results: Path, started: float,
-) -> dict[str, Any]:
-    """From the counts to every number, table and picture; the first process does it alone."""
-    metrics, rows = evaluate(config, validation, test, fusion, counted, tested, results)
-    for part in (validation, test):
-        metrics[part.folder.name]["precision_fallbacks"] = part.fallbacks()
-    metrics = {**metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60}
-    write_csv(results / "per_image.csv", rows)
-    draw_figures(config, metrics, pairs, test, results)
-    write_json(results / "metrics.json", metrics)  # last: its presence says that the run is finished
-    report(metrics, results, source)
-    return metrics
+            return group.shared(finish)
 
 
 # ---------------------------------------------------------------- data
@@ -173,18 +200,31 @@ def find_source(config: Config) -> tuple[Config, Source]:
 
 
 def prepare_data(config: Config, source: Source, group: Processes) -> tuple[DecodedPairs, Split]:
-    """Find, decode and split the pairs; the first process decodes, the others open its cache."""
-    found = limit_pairs(find_pairs(source.images, source.masks), config.limit)
-    split = split_ids([pair.id for pair in found], config.test_fraction, config.validation_fraction, config.split_seed)
+    """Find, decode and split the pairs; the first process decodes, the others open its cache.
+
+    The split is that of all ids found; pairs left out by ``--skip-bad`` then leave their part.
+    """
+    bad: list[BadPair] | None = [] if config.skip_bad else None
+    found = find_pairs(source.images, source.masks, bad)
+    ids = limit_pairs(sorted([pair.id for pair in found] + [entry.id for entry in bad or ()]), config.limit)
+    found = [pair for pair in found if pair.id in set(ids)]
+    split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed)
     cache = Path(config.cache or DATA / "cache")
 
     def decode() -> None:
         with bar("decoding images", len(found), "pair") as shown:
-            decode_pairs(found, config.image_size, cache, shown.update)
+            waiting = partial(shown.write, file=sys.stderr)
+            decode_pairs(found, config.image_size, cache, shown.update, None if bad is None else [], waiting)
 
     group.shared(decode)
-    pairs = decode_pairs(found, config.image_size, cache)
-    say(f"{len(found)} images: {len(split.train)} training, {len(split.validation)} validation, {len(split.test)} test")
+    pairs = decode_pairs(found, config.image_size, cache, bad=bad)
+    if bad:
+        pairs.skipped = sorted(entry for entry in bad if entry.id in set(ids))
+        split = leave_out(split, {entry.id for entry in pairs.skipped})
+    if pairs.skipped:
+        reasons = "; ".join(f"{entry.id}: {entry.reason}" for entry in pairs.skipped)
+        complain(f"warning: {len(pairs.skipped)} of {len(ids)} pairs are left out: {printable(reasons)}")
+    say(f"{len(pairs.ids)} images: {len(split.train)} training, {len(split.validation)} validation, {len(split.test)} test")
     return pairs, split
 
 
@@ -196,8 +236,10 @@ def claim_results(
     Raises:
         UserError: the folder holds the work of another configuration or of other data.
     """
+    # the pairs left out took part in the split, so they decide the numbers too
     decides = {
-        **config.experiment(), "amp": str(training_precision(config.amp, device)), "data": pairs.fingerprint(),
+        **config.experiment(), "amp": str(training_precision(config.amp, device)),
+        "data": pairs.fingerprint(), "skipped": [entry.id for entry in pairs.skipped],
     }
     record = {
         "configuration": config.to_dict(),
@@ -212,12 +254,15 @@ def claim_results(
         "versions": versions(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "split": split._asdict(),
+        "skipped": [entry._asdict() for entry in pairs.skipped],
     }
     path = results / "config.json"
     if config.fresh:
         clear_results(results)
     if path.exists():
-        before = read_json(path).get("decides", {})
+        before = read_json(path).get("decides")
+        if not isinstance(before, dict):
+            raise UserError(f"{path} does not say what the run in {results} was; give --fresh to delete it and start over")
         changed = [
             f"{key} was {before.get(key)!r} and is now {decides.get(key)!r}"
             for key in sorted({*before, *decides}) if before.get(key) != decides.get(key)
@@ -227,13 +272,22 @@ def claim_results(
                 f"{results} holds a run with other settings: {'; '.join(changed)}; "
                 "choose another --results folder, or give --fresh to delete that run and start over"
             )
+    else:  # what is there cannot be this run's
+        unfinish(results)
     write_json(path, record)
     return record["identity"]
 
 
+def unfinish(results: Path) -> None:
+    """Delete the numbers of a finished run, because something they came from is about to be made again."""
+    for name in ("metrics.json", "per_image.csv", "calibration.npz"):  # the first says that the run is finished
+        (results / name).unlink(missing_ok=True)
+
+
 def clear_results(results: Path) -> None:
     """Delete what a run leaves behind, and nothing else."""
-    for name in ("config.json", "metrics.json", "per_image.csv", "training_log.csv", "calibration.npz"):
+    unfinish(results)
+    for name in ("config.json", "training_log.csv"):
         (results / name).unlink(missing_ok=True)
     for name in ("weights", "uncertainty_maps", "figures"):
         shutil.rmtree(results / name, ignore_errors=True)
@@ -258,102 +312,12 @@ def train_model(
             shown.update(count)
             shown.set_postfix_str(note)
 
-        result = train(config, pairs, split.train, split.validation, group, results, identity, progress)
+        result = train(
+            config, pairs, split.train, split.validation, group, results, identity, progress,
+            before_epoch=partial(unfinish, results),
+        )
     say(f"best validation Dice {result.best_dice:.4f} in {len(result.log)} epochs")
     return result.model
-
-
-# ---------------------------------------------------------------- maps
-
-
-class SavedMaps:
-    """The saved maps of one part, read one image at a time; can be iterated any number of times."""
-
-    def __init__(self, folder: Path, ids: Sequence[str], device: torch.device, threshold: float):
-        self.folder, self.ids, self.device, self.threshold = folder, list(ids), device, threshold
-
-    def path(self, id: str) -> Path:
-        return self.folder / f"{id}.npz"
-
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (id, maps as tensors (H, W) on the device, with the numbers "empty_cams" and "threshold")."""
-        need = [name for name in MAP_ARRAYS if name != "fused_score"]
-        with ThreadPoolExecutor(1) as reader:  # reads the next file while this one is worked on
-            files = reader.map(lambda id: read_maps(self.path(id), need), self.ids)
-            for id, maps in zip(self.ids, files):
-                tensors = {name: torch.from_numpy(maps[name]).to(self.device) for name in need}
-                yield id, {**tensors, "empty_cams": maps["empty_cams"], "threshold": self.threshold}
-
-    def shard(self, group: Processes) -> SavedMaps:
-        """The part of the maps that one of several processes works on."""
-        return SavedMaps(self.folder, group.shard(self.ids), self.device, self.threshold)
-
-    def fallbacks(self) -> int:
-        """How many maps overflowed in half precision and were made in fp32."""
-        return sum(read_maps(self.path(id), ())["fallbacks"] for id in self.ids)
-
-    def add_fused_scores(self, fusion: Fusion, identity: str, group: Processes) -> None:
-        """Complete the files that lack the fused score."""
-        for id in group.shard(self.ids):
-            with np.load(self.path(id)) as content:
-                if "fused_score" in content.files:
-                    continue
-            maps = read_maps(self.path(id), ["pred_variance", "saliency_variance"])
-            fused = fusion(*(torch.from_numpy(maps[key]).to(self.device) for key in ("pred_variance", "saliency_variance")))
-            arrays = {**{name: maps[name] for name in MAP_ARRAYS if name in maps}, "fused_score": fused.cpu().numpy()}
-            write_maps(self.path(id), arrays, maps["empty_cams"], identity, maps["fallbacks"])
-
-
-def make_maps(
-    config: Config, model: UNet, pairs: DecodedPairs, ids: Sequence[str], group: Processes, results: Path,
-    part: str, identity: str, fusion: Fusion | None = None,
-) -> SavedMaps:
-    """Make the maps of one part that are not there yet, and save each as soon as it is finished.
-
-    The processes of a group share the images; a map is the same whoever makes it.
-    """
-    device = group.device
-    saved = SavedMaps(results / "uncertainty_maps" / part, ids, device, config.threshold)
-    missing = [id for id in ids if not _is_current(saved.path(id), identity, complete=fusion is not None)]
-    group.gathered(None)  # all have looked before anyone writes
-    together = 1 if device.type == "cpu" else config.batch_size
-    with bar(f"maps of the {part} images", len(ids), "map", len(ids) - len(missing)) as shown, ThreadPoolExecutor(2) as writer:
-        pending: list[Future] = []
-        for names, images, masks in batches(pairs, group.shard(missing), together, device):
-            try:
-                maps = uncertainty_maps(model, images, image_ids=names, **config.map_options(model))
-            except ValueError as error:  # weights that overflow; the message names the image
-                raise UserError(f"{error}; delete {results / 'weights'} and train again, with a lower --lr") from error
-            fields: dict[str, torch.Tensor] = {
-                "mean_prediction": maps.mean_prediction, "pred_variance": maps.pred_variance,
-                "saliency_variance": maps.saliency_variance, "expected_entropy": maps.expected_entropy,
-                "true_mask": masks,
-            }
-            if fusion is not None:
-                fields["fused_score"] = fusion(maps.pred_variance, maps.saliency_variance)
-            arrays = {name: values.cpu().numpy() for name, values in fields.items()}
-            empty, fallbacks = maps.empty_cams.tolist(), maps.fallbacks.tolist()
-            for index, id in enumerate(names):
-                one = {name: values[index] for name, values in arrays.items()}
-                pending.append(writer.submit(write_maps, saved.path(id), one, empty[index], identity, fallbacks[index]))
-            while len(pending) > 4 * together:  # a bounded queue: memory does not grow with a slow disk
-                pending.pop(0).result()
-            shown.update(min(len(names) * group.world, len(ids) - shown.n))
-        for future in pending:
-            future.result()
-    group.gathered(None)  # all maps are there before anyone reads them
-    return saved
-
-
-def _is_current(path: Path, identity: str, complete: bool) -> bool:
-    """Whether a map file is there, whole, and made by this very run."""
-    if not path.exists():
-        return False
-    need = MAP_ARRAYS if complete else [name for name in MAP_ARRAYS if name != "fused_score"]
-    try:
-        return read_maps(path, need)["identity"] == identity
-    except UserError:
-        return False  # broken or of another version: made again
 
 
 # ---------------------------------------------------------------- evaluation
@@ -376,16 +340,19 @@ def count(
 
 
 def evaluate(
-    config: Config, validation: SavedMaps, test: SavedMaps, fusion: Fusion, counted: Counters, tested: Counters, results: Path
+    config: Config, validation: SavedMaps, test: SavedMaps, fusion: Fusion, counted: Counters, tested: Counters,
+    results: Path, identity: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Save the counts, and compute every number from them: what ``metrics.json`` holds, and a row an image."""
     with whole_file(results / "calibration.npz") as stream:
         np.savez_compressed(
-            stream,
+            stream, identity=np.array(identity),
             **{f"{part}/{name}": values for part, counters in (("validation", counted), ("test", tested))
                for name, values in counters.to_arrays().items()},
         )
     metrics = evaluation.summary(counted, tested, fusion, resamples=config.resamples, seed=config.seed)
+    for part in (validation, test):
+        metrics[part.folder.name]["precision_fallbacks"] = part.fallbacks()
     if config.study:
         metrics["study"] = run_study(
             validation, test, bins=config.bins, lambdas=config.lambda_steps + 1, resamples=config.resamples, seed=config.seed

@@ -24,11 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from checkpoints import load_model
 from config import Config, Parser, resolve_device
 from dataset import Pair, find_pairs, normalise, read_image, read_mask
 from fusion import Fusion, Linear
 from storage import UserError, read_json, whole_file
-from train import load_model, segmentation_overlap
+from train import segmentation_overlap
 from uncertainty import uncertainty_maps
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
