@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from checkpoints import load_model
+from checkpoints import load_model, weights_fingerprint
 from config import Config, Parser, resolve_device
 from dataset import Pair, find_pairs, normalise, read_image, read_mask
 from fusion import Fusion, Linear
-from storage import UserError, read_json, whole_file
+from storage import UserError, fingerprint, read_json, read_sealed, whole_file
 from train import segmentation_overlap
 from uncertainty import uncertainty_maps
 
@@ -320,10 +320,12 @@ def compute_case(run: Path, pair: Pair | None, image: Path, id: str, device: tor
 
     The masks are seeded as in the run, so the maps of a test image are those it saved.
     """
-    record, metrics = read_json(run / "config.json"), read_json(run / "metrics.json")
+    record, metrics = read_json(run / "config.json"), read_sealed(run / "metrics.json")
     config = Config.from_dict(record.get("configuration"), run / "config.json")
     fusion = fusion_of(metrics, run / "metrics.json")
     model = load_model(run / "weights" / "best_model.pth", device)
+    if metrics.get("identity") != fingerprint([record.get("identity"), weights_fingerprint(model)]):
+        raise UserError(f"{run / 'metrics.json'} was not made from the weights and config.json beside it; run main.py again")
     pixels = read_image(image, config.image_size)
     truth = None if pair is None else read_mask(pair.mask, config.image_size)
     batch = normalise(torch.from_numpy(pixels)[None].to(device))
@@ -379,7 +381,7 @@ def render(args: argparse.Namespace) -> Path:
     if args.image is not None:
         pair, image, id, how = None, args.image, args.image.stem, f"--image {args.image}"
     else:
-        pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]))}
+        pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]), [])}
         seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
         id, how = (args.id, f"--id {args.id}") if args.id else (pick(record["split"]["test"], seed), f"--seed {seed}")
         if id not in pairs:
