@@ -118,12 +118,13 @@ def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
         noise: int32 (1, C, h, w), best in the memory format of x.
         p: as in :func:`dropout_masks`.
     """
-    mixed = _mix(keys.view(-1, 1, 1, 1) ^ noise)
-    if x.element_size() != mixed.element_size():
-        return x.mul_(mixed >= _bound(p))
-    # The threshold operator, zero where mixed <= bound - 1, on the bits of x taken as integers:
-    # one vectorised sweep, where a comparison and a product with booleans cost many times as much.
-    bits = x.view(torch.int32)
+    if not x.is_cpu:
+        return x.mul_(dropout_masks(keys, noise[0], p))
+    if x.dtype != torch.float32:
+        return x.copy_(zero_dropped(x.float(), keys, noise, p))
+    # The threshold operator, zero where the random number is at most bound - 1, on the bits of x taken as
+    # integers: one vectorised sweep, where a comparison and a product with booleans cost many times as much.
+    mixed, bits = _mix(keys.view(-1, 1, 1, 1) ^ noise), x.view(torch.int32)
     torch.ops.aten.threshold_backward.grad_input(bits, mixed, max(_bound(p) - 1, -(2**31)), grad_input=bits)
     return x
 
@@ -256,7 +257,9 @@ def grad_cam(activations: Tensor, weights: Tensor, normalise: bool = True) -> tu
         size = torch.einsum("kc,kcn->kn", weights.abs(), flat.abs())
     cam = total.clamp_min(0)
     peak = cam.amax(1, keepdim=True)  # K, 1
-    empty = peak <= torch.finfo(cam.dtype).eps * size.amax(1, keepdim=True)
+    size = size.amax(1, keepdim=True)
+    # what overflowed is not empty: it stays, as not a number
+    empty = (peak <= torch.finfo(cam.dtype).eps * size) & size.isfinite()
     scaled = cam / torch.where(empty, torch.ones_like(peak), peak) if normalise else cam
     cam = torch.where(empty, torch.zeros_like(cam), scaled)
     return cam.view(-1, *activations.shape[-2:]), empty.flatten()

@@ -117,8 +117,8 @@ def _transposed(weight: Tensor) -> Tensor:
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
     """A 1 x 1 convolution; weight (C', C, 1, 1).
 
-    On one CPU thread ``conv2d`` hands small 1 x 1 convolutions to the BLAS,
-    which is slower here by half than the convolution library it passes over.
+    On one CPU thread ``conv2d`` hands these to the BLAS, which can be half as
+    fast as the convolution library that it passes over.
     """
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
@@ -316,9 +316,20 @@ class _Composed:
 
 
 class _Decoder:
-    """The weights of one decoder block, ready for a pass; ``scale`` is that of the dropout before it."""
+    """The weights of one decoder block, ready for a pass.
 
-    def __init__(self, block: nn.Module, skip_channels: int, scale: float, cast: Callable[[Tensor], Tensor]):
+    Args:
+        block: a :class:`model.Decoder`.
+        skip_channels: how many of its first convolution's inputs are the skip's.
+        scale: of the dropout in front, 1 / (1 - p).
+        gradient_scale: what the gradient at the block's output is multiplied by, (C_out, 1, 1, 1) or 1.
+        cast: to the precision of the convolutions.
+    """
+
+    def __init__(
+        self, block: nn.Module, skip_channels: int, scale: float, gradient_scale: Tensor | float,
+        cast: Callable[[Tensor], Tensor],
+    ):
         (first, bias), (second, second_bias) = _folded(block.convolutions)
         self.skip_weight, self.skip_bias = cast(first[:, :skip_channels]), cast(bias)
         # sums of the gradient to gradient of the skip's sum: (9 C', C_skip) in float32
@@ -332,7 +343,7 @@ class _Decoder:
         else:
             self.up = _bilinear(up, self.skip_weight.dtype)(up * scale, cast)
         self.weight, self.bias = cast(second), cast(second_bias)
-        self.second = second  # float64, until the adjoint is made
+        self.adjoint = cast(_transposed(second * gradient_scale))
 
     def constant(self, skip: Tensor) -> Tensor:
         """What the first convolution adds in every pass (step 3): (B, C', H, W)."""
@@ -405,17 +416,14 @@ class UNetPasses:
             self.width = model.head.in_channels
             self.sites = [sum(r > 0 for r in rates[:i]) if rates[i] > 0 else None for i in range(4)]
             skips = [block[3].out_channels for block in blocks[3::-1]]
-            self.decoders = [
-                _Decoder(block, skip, 1.0 / (1.0 - rate), cast)
-                for block, skip, rate in zip(decoders, skips, rates)
-            ]
             head = model.head.weight.double()  # 1, C, 1, 1
-            self.head, self.head_bias = cast(head), model.head.bias.float()
-            # the last ReLU's mask is all that reaches this adjoint: the head's weight is in it (step 5)
-            scales = [1.0, 1.0, 1.0, head.view(-1, 1, 1, 1)]
-            self.adjoints = [cast(_transposed(d.second * s)) for d, s in zip(self.decoders, scales)]
-            for decoder in self.decoders:
-                del decoder.second
+            self.head, self.head_bias = head.float(), model.head.bias.float()
+            # the last ReLU's mask is all that reaches the last block's adjoint: the head's weight is in it (step 5)
+            gradient_scales = [1.0, 1.0, 1.0, head.view(-1, 1, 1, 1)]
+            self.decoders = [
+                _Decoder(block, skip, 1.0 / (1.0 - rate), factor, cast)
+                for block, skip, rate, factor in zip(decoders, skips, rates, gradient_scales)
+            ]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
@@ -446,7 +454,7 @@ class UNetPasses:
             Logits float32 (K * B, H, W), and the spatial means of the
             gradient of each map's summed logits at the target: float32 (K * B, C).
         """
-        b, _, height, width = encoded.activations.shape
+        height, width = encoded.activations.shape[-2:]
         x = _repeat(encoded.bottleneck, passes)
         if self.sites[0] is not None:
             drop(x, self.sites[0], 0)
@@ -492,7 +500,7 @@ class UNetPasses:
         between = decoder.up.forward_add(x, constant).relu_()
         y = F.conv2d(between, decoder.weight, decoder.bias, padding=1).relu_()
         if level == 3:
-            logits = F.conv2d(y, self.head)[:, 0].float() + self.head_bias
+            logits = F.conv2d(y.float(), self.head)[:, 0] + self.head_bias
             g = y.sign_()  # the mask of the last ReLU; the adjoint that follows has the head's weight in it
         else:
             site = self.sites[level + 1]
@@ -500,7 +508,7 @@ class UNetPasses:
                 drop(y, site, first)
             logits, g, _ = self._decode(level + 1, y, first, encoded, drop)
             _where_positive(g, y)
-        g = _where_positive(F.conv2d(g, self.adjoints[level], padding=1), between)
+        g = _where_positive(F.conv2d(g, decoder.adjoint, padding=1), between)
         sums = _border_sums(g) if level == 0 else g.new_empty(len(g), 0)
         return logits, decoder.up.backward(g), sums
 

@@ -7,7 +7,9 @@ growth of each variant, each in a process of its own; then the counted
 multiply-adds and the share of this machine's measured convolution peak.
 
     python benchmarks/maps.py                                    # width 16, 128 px
-    python benchmarks/maps.py --width 64 --size 256 --warm-up 0  # minutes a round
+    # minutes a round; left to itself in the background
+    nohup python benchmarks/maps.py --width 64 --size 256 --warm-up 0 --variants "research,Captum,fp32,bf16" \\
+        --json maps64.json > maps64.txt &
     python benchmarks/maps.py --device cuda --width 64 --size 256 --images 779
 
 ``--images`` adds the whole job: that many pictures read from disk, their maps
@@ -26,6 +28,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -189,7 +192,7 @@ def convolution_peak(dtype: torch.dtype, device: torch.device) -> float:
         x = torch.randn(1, channels, size, size, **layout).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3, **layout).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            times = [seconds(lambda: F.conv2d(x, weight, padding=1), device)[0] for _ in range(4)]
+            times = [seconds(partial(F.conv2d, x, weight, padding=1), device)[0] for _ in range(4)]
         best = max(best, 9 * channels**2 * size**2 / min(times))
     return best
 
@@ -350,7 +353,9 @@ def main() -> None:
         if i >= 0:
             peaks["fp32"].append(convolution_peak(torch.float32, device))
             peaks["bf16"].append(convolution_peak(torch.bfloat16, device))
-        print(f"round {i + 1} of {options.rounds}", file=sys.stderr, flush=True)
+            first = next(iter(chosen))
+            ratios = ", ".join(f"{name} {cpu[first][i] / max(cpu[name][i], 1e-9):.2f}" for name in chosen)
+            print(f"round {i + 1} of {options.rounds}, by processor time: {ratios}", file=sys.stderr, flush=True)
 
     result = {
         "width": options.width, "size": options.size, "passes": options.passes, "threads": options.threads,
@@ -361,7 +366,8 @@ def main() -> None:
     base = "research loop" if "research loop" in chosen else next(iter(chosen))
     print(f"width {options.width}, {options.size} px, T {options.passes}, {options.threads} thread(s), {options.device}; "
           f"torch {torch.__version__}; medians of {options.rounds}, in brackets smallest and largest")
-    print("| variant | time, of the first | times as fast | processor time, times | memory, MiB | multiply-adds, 10^9 | of the peak |")
+    print("| variant | time, of the first | times as fast | processor time, times | memory, MiB "
+          "| multiply-adds, 10^9 | of the peak |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, run in chosen.items():
         times, reference = wall[name], median(wall[base])
@@ -378,7 +384,8 @@ def main() -> None:
         result["variants"][name] = row
         print(f"| {name} | {median(times) / reference:.3f} ({min(times) / reference:.3f} to {max(times) / reference:.3f}) "
               f"| {row['ratio']:.2f} ({min(row['ratios_by_round']):.2f} to {max(row['ratios_by_round']):.2f}) "
-              f"| {row['processor_ratio']:.2f} | {memory / 2**20:.0f} | {work / 1e9:.1f} | {row['share_of_peak']:.2f} |", flush=True)
+              f"| {row['processor_ratio']:.2f} | {memory / 2**20:.0f} | {work / 1e9:.1f} "
+              f"| {row['share_of_peak']:.2f} |", flush=True)
     if options.images:
         result["whole_job"] = whole_job(model, options, device)
     if options.json:

@@ -102,7 +102,7 @@ def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed:
 
             def drop(x: torch.Tensor, p: float) -> torch.Tensor:
                 nonlocal site
-                mask = numpy_mask(seed, image_id, t, site, tuple(x.shape[1:]), p)
+                mask = numpy_mask(seed, image_id, t, site, tuple(x.shape[1:]), p)  # noqa: B023 - used at once
                 site += 1
                 return x * mask / (1 - p)
 
@@ -462,6 +462,17 @@ def test_overflow_in_half_precision_falls_back_for_that_image_and_is_counted(met
     for name in MAPS:
         assert torch.equal(getattr(half, name)[1], getattr(exact, name)[1])
         assert not torch.equal(getattr(half, name)[0], getattr(exact, name)[0])
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_a_gradient_that_overflows_is_no_empty_heatmap(method):
+    model, images = unet(), pictures()
+    model.head.weight.data.mul_(1e6)
+    options = {"target_layer": model.encoder4, "passes": 2, "method": method}
+    exact = uncertainty_maps(model, images, **options)
+    half = uncertainty_maps(model, images, precision="fp16", **options)
+    assert half.fallbacks.tolist() == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(half[:5], exact[:5]))
 
 
 def test_precision_switches_are_put_back():
