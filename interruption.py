@@ -33,7 +33,8 @@ class StopSignals:
     Signals that follow within ``patience`` seconds change nothing, so a second
     Ctrl-C does not disturb the cleaning up that the first began. A later one
     ends the process on the spot, which loses nothing: every file is whole or
-    absent.
+    absent. After a stop, a signal whose default is to kill stays caught: while
+    the interpreter shuts down, a second Ctrl-C must not change the exit code.
 
     Attributes:
         signum: the signal that arrived first, or None.
@@ -51,7 +52,8 @@ class StopSignals:
 
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+            if self.signum is None or handler != signal.SIG_DFL:
+                signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: object) -> None:
         if os.getpid() != self.process:

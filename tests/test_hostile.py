@@ -23,6 +23,7 @@ from PIL import Image
 
 import dataset
 import train
+from checkpoints import load_checkpoint, load_model, save_checkpoint
 from config import Config
 from dataset import (
     ISIC_IMAGES,
@@ -38,8 +39,8 @@ from dataset import (
     split_ids,
 )
 from model import UNet
+from processes import Processes
 from storage import MAP_ARRAYS, UserError, read_json, read_maps, seal, write_json, write_maps
-from train import load_checkpoint, load_model, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -439,14 +440,14 @@ def test_weights_of_another_run_and_lost_weights(copied, finished, tiny, tmp_pat
 
 
 def test_maps_being_made_again_are_not_called_finished(copied, finished, tiny, monkeypatch):
-    import main
+    import maps
 
     next((copied / "uncertainty_maps" / "test").iterdir()).unlink()
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "uncertainty_maps", interrupted)
+    monkeypatch.setattr(maps, "uncertainty_maps", interrupted)
     assert _again(copied, tiny, finished.parent / "cache").returncode == 130
     assert not (copied / "metrics.json").exists()
     monkeypatch.undo()
@@ -466,7 +467,7 @@ def test_a_fused_score_of_another_fusion_is_made_again(copied, finished, tiny):
 @pytest.mark.parametrize("name", ["identity", "pred_variance", "empty_cams"])
 def test_maps_with_a_missing_key_or_an_object(tmp_path, name):
     maps = {key: np.ones((4, 4), kind) for key, kind in MAP_ARRAYS.items()}
-    arrays = {**maps, "identity": np.array("a"), "empty_cams": np.int64(0)}
+    arrays = {**maps, "identity": np.array("a"), "empty_cams": np.int64(0), "fallbacks": np.int64(0)}
     np.savez(tmp_path / "x.npz", **{key: value for key, value in arrays.items() if key != name})
     refused(lambda: read_maps(tmp_path / "x.npz"), f"x.npz lacks {name}", "delete it and run main.py again")
     np.savez(tmp_path / "x.npz", **{**arrays, name: np.array([Code()], dtype=object)})
@@ -551,7 +552,7 @@ def test_the_first_step_without_a_finite_loss_is_named(tiny, tmp_path, monkeypat
     split = split_ids(decoded.ids)  # 16 for training: 4 steps an epoch
 
     def attempt(folder):
-        train.train(config, decoded, split.train, split.validation, CPU, folder, "identity")
+        train.train(config, decoded, split.train, split.validation, Processes(0, 1, CPU), folder, "identity")
 
     real, calls = train.F.binary_cross_entropy_with_logits, [0]
 

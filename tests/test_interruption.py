@@ -144,8 +144,8 @@ def contents(run: Path) -> dict[str, object]:
         if name == "metrics.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "minutes"}
         elif name == "training_log.csv":
-            found[name] = [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
-            assert path.read_text().splitlines()[0].endswith(",images_per_second")
+            found[name] = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
+            assert path.read_text().splitlines()[0].endswith(",images_per_second,seconds_waited_for_data")
         else:
             found[name] = path.read_bytes()
     return found

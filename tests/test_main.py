@@ -13,10 +13,10 @@ import torch
 from conftest import TINY_FLAGS, command, process, write_pairs
 from PIL import Image
 
+from checkpoints import load_model
 from dataset import ISIC_IMAGES, ISIC_MASKS
 from fusion import Fusion, Linear
 from storage import MAP_ARRAYS
-from train import load_model
 
 
 def test_a_run_leaves_what_the_readme_says(finished):

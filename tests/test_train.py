@@ -11,21 +11,13 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, jaccard_score
 
+from checkpoints import load_checkpoint, load_model, weights_fingerprint
 from config import Config
 from dataset import decode_pairs, find_pairs, isic_folders, split_ids
 from model import UNet
 from processes import Processes
 from storage import UserError
-from train import (
-    EpochBatches,
-    learning_rate,
-    load_checkpoint,
-    load_model,
-    segmentation_overlap,
-    train,
-    training_precision,
-    weights_fingerprint,
-)
+from train import EpochBatches, learning_rate, segmentation_overlap, train, training_precision
 
 CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine")
 CPU = torch.device("cpu")
@@ -159,7 +151,7 @@ def test_a_finished_training_is_reused_and_another_one_is_not(tmp_path, data):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_epoch_named(tmp_path, data):
-    with pytest.raises(UserError, match=r"training loss is (nan|inf) in step \d+ of epoch \d.*lower --lr"):
+    with pytest.raises(UserError, match=r"training loss is (nan|inf) at step \d+ of \d+ of epoch \d.*lower --lr"):
         run(tmp_path, data, replace(CONFIG, lr=1e30, schedule="constant", epochs=6, patience=6))
 
 
