@@ -29,7 +29,7 @@ def _flag(text: str, group: str) -> Any:
 # The fields that change neither weights nor maps: a results folder may be used again with others.
 NEUTRAL_FIELDS = (
     "results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick", "skip_bad",
-    "resamples", "study",
+    "resamples", "study", "data_note", "quiet", "json",
 )
 
 
@@ -49,6 +49,7 @@ class Config:
     limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
     skip_bad: bool = _flag("leave out pairs that are broken or incomplete, and list them; the split of the others stays", "data")
     cache: str | None = _option(None, "folder for the decoded-image cache [data/cache]", "data")
+    data_note: str | None = _option(None, "what a reader has to know about the images, such as 'centre-cropped to 256 pixels': on every figure and in the report", "data")
     image_size: int = _option(256, "pixels a side after resizing; a multiple of 16", "data", int, low=32, high=4096)
     test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)
     validation_fraction: float = _option(0.125, "share of the rest that is the validation set", "data", float, above=0, below=1)
@@ -84,6 +85,8 @@ class Config:
     results: str | None = _option(None, "folder for everything this run writes [results/<dataset>]", "run")
     seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
     fresh: bool = _flag("delete what another configuration left in the results folder and start over", "run")
+    quiet: bool = _flag("no progress bars and no line a stage: only the result, warnings and errors", "run")
+    json: bool = _flag("print the content of metrics.json to standard output, and everything else to standard error", "run")
     device: str = _option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", "run")
     quick: bool = _flag("CPU-sized preset: 128 pixels, width 16, 8 epochs; flags given beside it win", "run")
     # fmt: on

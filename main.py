@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import evaluation
-import visualize
+import terminal
+from charts import SavedRun, read_table
 from checkpoints import weights_fingerprint
 from config import QUICK, Config, parse_config
 from counters import Counters, count_scores, merge
@@ -43,6 +43,7 @@ from dataset import (
     limit_pairs,
     split_ids,
 )
+from formats import number
 from fusion import Fusion, lambda_grid
 from interruption import StopSignals
 from maps import MAP_FOLDERS, SavedMaps, make_maps
@@ -54,7 +55,6 @@ from storage import (
     fingerprint,
     printable,
     read_json,
-    read_maps,
     remove_partials,
     seal,
     whole_file,
@@ -63,7 +63,9 @@ from storage import (
 )
 from study import run_study
 from synthetic import write_synthetic_dataset
+from terminal import stage, tqdm
 from train import train, training_precision
+from visualize import draw_run
 
 DATA = Path("data")
 RESULTS = Path("results")
@@ -88,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment that the command line describes; returns the exit code."""
     with StopSignals() as signals:
         try:
-            run(parse_config(argv, __doc__))
+            config = parse_config(argv, __doc__)
+            with terminal.console(config.quiet, config.json):
+                run(config)
         except UserError as error:
             complain(f"error: {error}")
             return 2
@@ -122,8 +126,8 @@ def say(text: str) -> None:
 
 
 def bar(description: str, total: int, unit: str) -> tqdm:
-    """A progress bar, in the first process only."""
-    return tqdm(desc=description, total=total, unit=unit, smoothing=0.05, disable=not is_first())
+    """A progress bar; see :func:`terminal.tqdm`."""
+    return tqdm(desc=description, total=total, unit=unit, smoothing=0.05)
 
 
 @contextmanager
@@ -166,13 +170,14 @@ def run(config: Config) -> dict[str, Any]:
             def finish() -> dict[str, Any]:
                 metrics, rows = evaluate(config, validation, test, fusion, counted, tested, results, identity)
                 metrics = {
-                    **metrics, "synthetic": source.synthetic, "minutes": (time.perf_counter() - started) / 60,
-                    "identity": identity, "skipped": [entry._asdict() for entry in pairs.skipped],
+                    **metrics, "synthetic": source.synthetic, "data_note": config.data_note, "identity": identity,
+                    "skipped": [entry._asdict() for entry in pairs.skipped], "minutes": (time.perf_counter() - started) / 60,
                 }
                 write_csv(results / "per_image.csv", rows)
-                draw_figures(config, metrics, pairs, test, results)
-                write_json(results / "metrics.json", seal(metrics))  # last: its presence says that the run is finished
-                report(metrics, results, source)
+                draw_figures(metrics, pairs, results)
+                metrics = seal(metrics)
+                write_json(results / "metrics.json", metrics)  # last: its presence says that the run is finished
+                terminal.show_result(metrics, results, source.name)
                 return metrics
 
             return group.shared(finish)
@@ -224,7 +229,8 @@ def prepare_data(config: Config, source: Source, group: Processes) -> tuple[Deco
     if pairs.skipped:
         reasons = "; ".join(f"{entry.id}: {entry.reason}" for entry in pairs.skipped)
         complain(f"warning: {len(pairs.skipped)} of {len(ids)} pairs are left out: {printable(reasons)}")
-    say(f"{len(pairs.ids)} images: {len(split.train)} training, {len(split.validation)} validation, {len(split.test)} test")
+    parts = ", ".join(f"{len(ids)} {part}" for part, ids in zip(("training", "validation", "test"), split))
+    stage("data", f"{len(pairs.ids)} images: {parts}")
     return pairs, split
 
 
@@ -280,7 +286,8 @@ def claim_results(
 
 def unfinish(results: Path) -> None:
     """Delete the numbers of a finished run, because something they came from is about to be made again."""
-    for name in ("metrics.json", "per_image.csv", "calibration.npz"):  # the first says that the run is finished
+    # the first says that the run is finished
+    for name in ("metrics.json", "report.html", "report.md", "per_image.csv", "calibration.npz"):
         (results / name).unlink(missing_ok=True)
 
 
@@ -316,7 +323,7 @@ def train_model(
             config, pairs, split.train, split.validation, group, results, identity, progress,
             before_epoch=partial(unfinish, results),
         )
-    say(f"best validation Dice {result.best_dice:.4f} in {len(result.log)} epochs")
+    stage("training", f"best validation Dice {number(result.best_dice)} in {len(result.log)} epochs")
     return result.model
 
 
@@ -331,7 +338,7 @@ def count(
 
     def counters(part: SavedMaps, edges: np.ndarray | None = None) -> Counters:
         mine = part.shard(group)
-        shown = tqdm(mine, desc=f"counting {part.folder.name}", total=len(mine.ids), unit="map", disable=not group.first)
+        shown = tqdm(mine, desc=f"counting {part.folder.name}", total=len(mine.ids), unit="map")
         counted = count_scores(shown, fusion, grid, config.bins, edges) if mine.ids else None
         return merge([shard for shard in group.gathered(counted) if shard is not None])
 
@@ -357,52 +364,19 @@ def evaluate(
         metrics["study"] = run_study(
             validation, test, bins=config.bins, lambdas=config.lambda_steps + 1, resamples=config.resamples, seed=config.seed
         )
+    stage("evaluation", f"lambda = {metrics['lambda']:g}, {config.resamples} resamples{', study' if config.study else ''}")
     return metrics, evaluation.per_image(tested)
 
 
 # ---------------------------------------------------------------- what a person sees
 
 
-def draw_figures(config: Config, metrics: Mapping[str, Any], pairs: DecodedPairs, test: SavedMaps, results: Path) -> None:
-    """Draw the figures of the run from saved maps and numbers."""
-    folder = results / "figures"
-    rng = np.random.default_rng(config.seed)
-    chosen = sorted(rng.choice(test.ids, size=min(6, len(test.ids)), replace=False).tolist())
-    cases = []
-    for id in chosen:
-        maps = read_maps(test.path(id))
-        cases.append(visualize.Case(id, np.array(pairs.image(id)), maps, maps["true_mask"]))
-    figure = visualize.case_figure(
-        cases, metrics["normalisation"], threshold=config.threshold, synthetic=metrics["synthetic"],
-        note=f"test images drawn with seed {config.seed}; T = {config.passes}, λ = {metrics['lambda']:g}",
-    )
-    visualize.save_figure(figure, folder / "cases.png")
-    visualize.save_figure(visualize.reliability_figure(metrics), folder / "reliability.png")
-    visualize.save_figure(visualize.lambda_figure(metrics), folder / "lambda_curve.png")
-    visualize.save_figure(visualize.training_figure(results / "training_log.csv", metrics["synthetic"]), folder / "training.png")
-
-
-def report(metrics: Mapping[str, Any], results: Path, source: Source) -> None:
-    """Print the table, the verdict, and where everything lies."""
-    test, ece = metrics["test"], metrics["test"]["foreground_ece"]
-    print(f"\nTest set of {source.name}: {test['images']} images, Dice {test['dice']:.4f}, Jaccard {test['jaccard']:.4f}")
-    print(f"{'foreground ECE (lower is better)':<44}           95 % interval")
-    labels = {
-        "predictive_variance": "predictive variance alone (lambda = 1)",
-        "saliency_variance": "saliency variance alone (lambda = 0)",
-        "fused": f"fused score (lambda = {metrics['lambda']:g})",
-    }
-    for key, label in labels.items():
-        if ece[key] is None:
-            print(f"  {label:<42}  not a number: no foreground pixel")
-        else:
-            low, high = test["foreground_ece_interval"][key]
-            print(f"  {label:<42}  {ece[key]:.4f}   {low:.4f} to {high:.4f}")
-    print(f"\n{metrics['verdict']}")
-    if metrics["synthetic"]:
-        print("These are SYNTHETIC LESIONS: the verdict describes made-up images, not patients.")
-    print(f"\nmetrics  {results / 'metrics.json'}\nmaps     {results / 'uncertainty_maps'}\nfigures  {results / 'figures'}")
-    print(f"{metrics['minutes']:.1f} minutes; look at any case: python visualize.py --run {results}")
+def draw_figures(metrics: Mapping[str, Any], pairs: DecodedPairs, results: Path) -> None:
+    """Draw the figures of the run and write its report, from saved maps and numbers."""
+    rows, log = read_table(results / "per_image.csv"), read_table(results / "training_log.csv")
+    run = SavedRun(results, metrics, read_json(results / "config.json"), rows, log)
+    paths = draw_run(run, lambda id: np.array(pairs.image(id)))
+    stage("figures", f"{len(paths) - 2} figures, report.html and report.md")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import Config
 from dataset import DecodedPairs, batches
@@ -17,6 +16,7 @@ from fusion import Fusion
 from model import UNet
 from processes import Processes
 from storage import MAP_ARRAYS, UserError, fingerprint, read_maps, write_maps
+from terminal import stage, tqdm
 from uncertainty import uncertainty_maps
 
 MAP_FOLDERS = ("uncertainty_maps/validation", "uncertainty_maps/test")
@@ -98,8 +98,7 @@ def make_maps(
         before_first()
     together = 1 if device.type == "cpu" else config.batch_size
     title, done = f"maps of the {part} images", len(ids) - len(missing)
-    with tqdm(desc=title, total=len(ids), initial=done, unit="map", disable=not group.first) as shown, \
-            ThreadPoolExecutor(2) as writer:
+    with tqdm(desc=title, total=len(ids), initial=done, unit="map") as shown, ThreadPoolExecutor(2) as writer:
         pending: list[Future] = []
         for names, images, masks in batches(pairs, group.shard(missing), together, device):
             try:
@@ -126,6 +125,7 @@ def make_maps(
         for future in pending:
             future.result()
     group.gathered(None)  # all maps are there before anyone reads them
+    stage("maps", f"{len(ids)} {part} images, {len(missing)} of them made now")
     return saved
 
 

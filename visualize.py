@@ -1,283 +1,41 @@
-"""Every picture, and the command that renders one sample.
+"""The picture command: any case with its maps, galleries chosen by rule, and all figures and the report of a run.
 
-``draw_*`` functions take an axes and arrays and return the axes; ``*_figure``
-functions put them together. Nothing is computed here that a map or
-``metrics.json`` does not already hold.
+    python visualize.py                              a random test image of the newest run
+    python visualize.py --gallery complex --n 6      test images by rule, from saved maps, without the model
+    python visualize.py --summary                    every figure and the report again, from saved numbers
+    python visualize.py --id ID --overlay            outlines and uncertainty over the undecimated image
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
+from charts import SavedRun, draw_run_figures, load_run
 from checkpoints import load_model, weights_fingerprint
 from config import Config, Parser, resolve_device
 from dataset import Pair, find_pairs, normalise, read_image, read_mask
+from figures import COLUMNS, Case, case_figure, case_title, overlay_figure, save_figure
+from formats import number
 from fusion import Fusion, Linear
-from storage import UserError, fingerprint, read_json, read_sealed, whole_file
-from train import segmentation_overlap
+from gallery import RULES, ImageReader, TestImages, choose, gallery_figure
+from report import write_report
+from storage import UserError, fingerprint, read_json, read_sealed
 from uncertainty import uncertainty_maps
 
-# Okabe and Ito's palette: told apart by colour-blind readers.
-TRUTH, PREDICTION = "#56B4E9", "#F0E442"
-FALSE_POSITIVE, FALSE_NEGATIVE, TRUE_POSITIVE, BACKGROUND = "#D55E00", "#0072B2", "#BBBBBB", "#FFFFFF"
-SCORE_COLOURS = {"predictive_variance": "#0072B2", "saliency_variance": "#D55E00", "fused": "#009E73"}
-SCORE_NAMES = {
-    "predictive_variance": "predictive variance",
-    "saliency_variance": "saliency variance",
-    "fused": "fused score",
-}
-SYNTHETIC_NOTE = "SYNTHETIC LESIONS: not patient data"
-
-STYLE = {"font.size": 9, "axes.titlesize": 9, "svg.fonttype": "none", "pdf.fonttype": 42, "image.interpolation": "nearest"}
+ROWS = 3  # of the galleries that every run draws
+GALLERY_N = 6
 
 
-class Case(NamedTuple):
-    """What a row of the case figure shows.
-
-    image uint8 (H, W, 3); maps: float32 (H, W) under the names of a map file;
-    truth uint8 (H, W) or None where no mask is known.
-    """
-
-    id: str
-    image: np.ndarray
-    maps: Mapping[str, np.ndarray]
-    truth: np.ndarray | None
-
-
-# ---------------------------------------------------------------- one case
-
-
-def draw_outlines(ax: Axes, image: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None) -> Axes:
-    """The image with the outlines of the truth (solid) and the prediction (dashed)."""
-    ax.imshow(image)
-    for mask, colour, style in ((truth, TRUTH, "solid"), (prediction, PREDICTION, "dashed")):
-        if mask is not None and mask.any() and not mask.all():
-            ax.contour(mask, levels=[0.5], colors="black", linewidths=2.2, linestyles=style, alpha=0.6)
-            ax.contour(mask, levels=[0.5], colors=colour, linewidths=1.3, linestyles=style)
-    return _bare(ax)
-
-
-def draw_map(ax: Axes, values: np.ndarray, low: float, high: float, colours: str, label: str) -> Axes:
-    """One map on a fixed colour scale, with a colour bar that says what is measured."""
-    picture = ax.imshow(values, cmap=colours, vmin=low, vmax=high)
-    bar = ax.figure.colorbar(picture, ax=ax, fraction=0.046, pad=0.03, extend="max" if values.max() > high else "neither")
-    bar.set_label(label, fontsize=7)
-    bar.ax.tick_params(labelsize=7)
-    return _bare(ax)
-
-
-def draw_error(ax: Axes, prediction: np.ndarray, truth: np.ndarray | None) -> Axes:
-    """False positives and false negatives apart; without a mask, only a note."""
-    if truth is None:
-        ax.text(0.5, 0.5, "no mask:\nerror unknown", ha="center", va="center", transform=ax.transAxes)
-        return _bare(ax)
-    colours = np.array([_rgb(c) for c in (BACKGROUND, FALSE_POSITIVE, FALSE_NEGATIVE, TRUE_POSITIVE)])
-    ax.imshow(colours[2 * truth.astype(int) + prediction.astype(int)])
-    return _bare(ax)
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return matplotlib.colors.to_rgb(colour)
-
-
-def _bare(ax: Axes) -> Axes:
-    ax.set_xticks([])
-    ax.set_yticks([])
-    return ax
-
-
-def case_title(case: Case, threshold: float = 0.5) -> str:
-    """Id, Dice and Jaccard (where the truth is known) and mean fused score of a case."""
-    title = case.id
-    if case.truth is not None:
-        dice, jaccard = _overlap(case, threshold)
-        title += f"   Dice {dice:.3f}   Jaccard {jaccard:.3f}"
-    return title + f"   mean fused score {case.maps['fused_score'].mean():.3f}"
-
-
-def _overlap(case: Case, threshold: float) -> tuple[float, float]:
-    prediction = torch.from_numpy(case.maps["mean_prediction"] > threshold)[None]
-    dice, jaccard = segmentation_overlap(prediction, torch.from_numpy(case.truth.astype(bool))[None])
-    return float(dice[0]), float(jaccard[0])
-
-
-def case_figure(
-    cases: Sequence[Case], scales: Mapping[str, Sequence[float]], *,
-    threshold: float = 0.5, note: str = "", synthetic: bool = False,
-) -> Figure:
-    """One row a case: outlines, mean prediction, the two variances, fused score, error.
-
-    Args:
-        cases: at least one.
-        scales: (low, high) under "pred_variance" and "saliency_variance": the
-            colour scale of these columns in every row, the run's
-            normalisation constants.
-        threshold: predicted lesion where the mean prediction exceeds it.
-        note: written below the figure (the seed, the rule that chose the cases).
-        synthetic: stamps the figure as made from synthetic lesions.
-    """
-    columns = (
-        ("mean_prediction", (0.0, 1.0), "gray", "mean prediction", "probability of lesion"),
-        ("pred_variance", scales["pred_variance"], "magma", "predictive variance", "variance of probability"),
-        ("saliency_variance", scales["saliency_variance"], "magma", "saliency variance", "variance of Grad-CAM"),
-        ("fused_score", (0.0, 1.0), "viridis", "fused score", "uncertainty, 0 to 1"),
-    )
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(15, 2.75 * len(cases) + 0.75), layout="constrained")
-        rows = figure.subfigures(len(cases), 1, squeeze=False)[:, 0]
-        for case, row in zip(cases, rows):
-            row.suptitle(case_title(case, threshold), fontsize=10, x=0.01, ha="left")
-            axes = row.subplots(1, 6)
-            prediction = case.maps["mean_prediction"] > threshold
-            draw_outlines(axes[0], case.image, prediction, case.truth).set_title("image")
-            for ax, (key, (low, high), colours, title, label) in zip(axes[1:5], columns):
-                draw_map(ax, case.maps[key], low, high, colours, label).set_title(title)
-            draw_error(axes[5], prediction, case.truth).set_title("error")
-        figure.legend(
-            handles=[
-                Line2D([], [], color=TRUTH, label="truth (outline)"),
-                Line2D([], [], color=PREDICTION, linestyle="dashed", label="prediction (outline)"),
-                Patch(facecolor=FALSE_POSITIVE, label="false positive"),
-                Patch(facecolor=FALSE_NEGATIVE, label="false negative"),
-                Patch(facecolor=TRUE_POSITIVE, label="true positive"),
-            ],
-            loc="outside lower center", ncols=5, frameon=False, facecolor="0.3",
-        )
-        _annotate(figure, note, synthetic)
-    return figure
-
-
-def _annotate(figure: Figure, note: str, synthetic: bool) -> None:
-    if note:
-        figure.text(0.99, 0.004, note, ha="right", va="bottom", fontsize=7, color="0.35")
-    if synthetic:
-        figure.text(
-            0.008, 0.004, SYNTHETIC_NOTE, ha="left", va="bottom", fontsize=8, color="white", weight="bold",
-            bbox={"facecolor": "#B00020", "edgecolor": "none", "pad": 2.5},
-        )
-
-
-# ---------------------------------------------------------------- a whole run
-
-
-def draw_reliability(ax: Axes, table: Mapping[str, Sequence[float]], colour: str) -> Axes:
-    """Accuracy against mean confidence, a point a non-empty bin, with the diagonal of perfect calibration."""
-    count = np.asarray(table["count"], float)
-    filled = count > 0
-    confidence = np.asarray(table["confidence"], float)[filled]
-    accuracy = np.asarray(table["accuracy"], float)[filled]
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="dotted")
-    ax.vlines(confidence, accuracy, confidence, color=colour, alpha=0.35, linewidth=3)
-    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
-    return ax
-
-
-def draw_counts(ax: Axes, table: Mapping[str, Sequence[float]], colour: str) -> Axes:
-    """Pixels in each bin, on a logarithmic scale."""
-    count = np.asarray(table["count"], float)
-    lower, upper = np.asarray(table["lower"]), np.asarray(table["upper"])
-    ax.bar(lower, count, upper - lower, align="edge", color=colour, alpha=0.7)
-    ax.set(xlim=(0, 1), xlabel="confidence", ylabel="pixels")
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(bottom=0)
-    return ax
-
-
-def reliability_figure(metrics: Mapping[str, Any]) -> Figure:
-    """Foreground reliability of the three scores on the test set, pixel counts below."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-        axes = figure.subplots(2, 3, sharex=True, height_ratios=(3, 1))
-        for column, (score, name) in enumerate(SCORE_NAMES.items()):
-            table = metrics["test"]["regions"]["foreground"]["scores"][score]["reliability"]
-            ece = metrics["test"]["foreground_ece"][score]
-            draw_reliability(axes[0, column], table, SCORE_COLOURS[score]).set_title(name)
-            axes[0, column].text(0.04, 0.96, f"ECE {_number(ece)}", transform=axes[0, column].transAxes, va="top")
-            axes[0, column].set_xlabel("")
-            draw_counts(axes[1, column], table, SCORE_COLOURS[score])
-        figure.suptitle("Reliability inside the true lesions, test set", fontsize=10)
-        _annotate(figure, "", metrics["synthetic"])
-    return figure
-
-
-def draw_lambda_curve(ax: Axes, lambdas: Sequence[float], ece: Sequence[float], chosen: float, label: str, colour: str) -> Axes:
-    """Foreground ECE against lambda with the chosen lambda marked."""
-    values = np.array([np.nan if value is None else value for value in ece], float)
-    ax.plot(lambdas, values, "o-", markersize=4, color=colour, label=label)
-    ax.axvline(chosen, color="0.6", linewidth=1, linestyle="dotted")
-    ax.set(xlabel="λ   (0: saliency variance alone, 1: predictive variance alone)", ylabel="foreground ECE")
-    return ax
-
-
-def lambda_figure(metrics: Mapping[str, Any]) -> Figure:
-    """The tuning curve on validation and the same curve on test."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
-        ax = figure.subplots()
-        for part, colour in (("validation", "#0072B2"), ("test", "#D55E00")):
-            draw_lambda_curve(
-                ax, metrics[part]["lambdas"], metrics[part]["foreground_ece_by_lambda"], metrics["lambda"], part, colour
-            )
-        ax.set_title(f"Fusion weight: λ = {metrics['lambda']:g} has the lowest ECE on validation")
-        ax.legend(frameon=False)
-        _annotate(figure, "", metrics["synthetic"])
-    return figure
-
-
-def training_figure(log_path: Path, synthetic: bool) -> Figure:
-    """Losses and validation Dice by epoch, from ``training_log.csv``."""
-    with open(log_path, newline="") as stream:
-        log = list(csv.DictReader(stream))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        epochs = [float(row["epoch"]) for row in log]
-        for key, label, colour in (("train_loss", "training", "#0072B2"), ("validation_loss", "validation", "#D55E00")):
-            left.plot(epochs, [float(row[key]) for row in log], "o-", markersize=3, color=colour, label=label)
-        left.set(xlabel="epoch", ylabel="binary cross-entropy, nats a pixel")
-        left.legend(frameon=False)
-        right.plot(epochs, [float(row["validation_dice"]) for row in log], "o-", markersize=3, color="#D55E00")
-        right.set(xlabel="epoch", ylabel="validation Dice", ylim=(None, 1))
-        _annotate(figure, "", synthetic)
-    return figure
-
-
-def _number(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4f}"
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Save a figure whole or not at all; the suffix decides the format (png, jpg, pdf, svg).
-
-    Raises:
-        UserError: an unknown suffix or an unwritable folder.
-    """
-    path = Path(path)
-    kind = path.suffix.lower().lstrip(".") or "png"
-    if kind not in ("png", "jpg", "jpeg", "pdf", "svg"):
-        raise UserError(f"cannot draw a picture of type .{kind}; use .png, .jpg, .pdf or .svg")
-    with matplotlib.rc_context(STYLE), whole_file(path) as stream:
-        figure.savefig(stream, format=kind, dpi=160)
-    return path
-
-
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- a finished run
 
 
 def newest_run(results: Path) -> Path:
@@ -291,6 +49,68 @@ def newest_run(results: Path) -> Path:
     if not runs:
         raise UserError(f"there is no finished run in {results}; run main.py first")
     return max(runs, key=lambda path: (path / "metrics.json").stat().st_mtime)
+
+
+def draw_run(run: SavedRun, read: ImageReader | None = None) -> list[Path]:
+    """Draw all figures of a run and write its report; returns the files.
+
+    Args:
+        run: its saved numbers.
+        read: gives the image of an id at map resolution; the galleries of every rule are drawn with it from saved
+            maps. Without it the galleries that lie in the folder stay as they are.
+    """
+    paths = draw_run_figures(run) + ([] if read is None else draw_galleries(run, read))
+    return [*paths, *write_report(run)]
+
+
+def draw_galleries(run: SavedRun, read: ImageReader, names: Sequence[str] = tuple(RULES)) -> list[Path]:
+    """Draw the galleries of these rules into the run's folder; one that can choose no image leaves no file."""
+    paths = []
+    for name in names:
+        path = run.folder / "figures" / f"gallery_{name}.png"
+        figure = draw_gallery(run, name, ROWS, run_seed(run), read)
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            paths.append(save_figure(figure, path))
+    return paths
+
+
+def draw_gallery(run: SavedRun, name: str, n: int, seed: int, read: ImageReader):
+    """The gallery of one rule, or None where the rule can choose no image."""
+    return gallery_figure(
+        name, test_images(run, seed), n, read, threshold=float(run.record["configuration"]["threshold"]), **labels(run),
+    )
+
+
+def test_images(run: SavedRun, seed: int) -> TestImages:
+    """The saved test images of a run, as the rules of the galleries look at them."""
+    return TestImages(run.rows, run.folder / "uncertainty_maps" / "test", run.metrics["normalisation"], seed)
+
+
+def run_seed(run: SavedRun) -> int:
+    return int(run.record["configuration"]["seed"])
+
+
+def labels(run: SavedRun, how: str = "") -> dict[str, Any]:
+    """What every picture of cases says about the run: how it was made, synthetic or not, the data note."""
+    made = f"T = {run.record['configuration']['passes']}, λ = {run.metrics['lambda']:g}"
+    return {
+        "note": f"{how}, {made}" if how else made,
+        "synthetic": bool(run.metrics["synthetic"]), "data_note": run.metrics.get("data_note"),
+    }
+
+
+def run_pairs(record: Mapping[str, Any]) -> dict[str, Pair]:
+    """The image-mask pairs of a run's data by id.
+
+    Raises:
+        UserError: the folders that ``config.json`` names are gone. Broken pairs are left out.
+    """
+    return {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]), [])}
+
+
+# ---------------------------------------------------------------- one case, computed
 
 
 def pick(ids: Sequence[str], seed: int) -> str:
@@ -339,29 +159,30 @@ def compute_case(run: Path, pair: Pair | None, image: Path, id: str, device: tor
     return case, config, metrics
 
 
-def has_display() -> bool:
-    """Whether a window can be opened."""
-    if sys.platform.startswith(("win", "darwin")):
-        return sys.stdout.isatty()
-    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+# ---------------------------------------------------------------- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description="Render the uncertainty maps of one image of a finished run.", allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="folder of a finished run [the newest one in results/]")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are looked for [results]")
-    parser.add_argument("--seed", type=int, help="which random test image [drawn and printed]")
+    parser.add_argument("--seed", type=int, help="which random test image, or images of the random gallery [drawn and printed]")
     parser.add_argument("--id", help="this image of the run's data instead of a random one")
     parser.add_argument("--image", type=Path, help="any picture instead; needs no mask")
-    parser.add_argument("--output", type=Path, help="file to write: .png, .jpg, .pdf or .svg [RUN/figures/case_ID.png]")
+    parser.add_argument("--gallery", metavar="RULE", help=f"test images by rule: {', '.join(RULES)}")
+    parser.add_argument("--n", type=int, help=f"how many images in the gallery [{GALLERY_N}]")
+    parser.add_argument("--summary", action="store_true", help="draw every figure of the run and write its report again")
+    parser.add_argument("--overlay", nargs="?", const="fused_score", metavar="MAP",
+                        help=f"lay a map over the undecimated image: {', '.join(COLUMNS)} [fused_score]")
+    parser.add_argument("--output", type=Path, help="file to write: .png, .jpg, .pdf or .svg [in RUN/figures]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     try:
         args = parser.parse_args(argv)
-        if args.id is not None and args.image is not None:
-            raise UserError("give --id or --image, not both")
-        if args.seed is not None and args.seed < 0:
-            raise UserError(f"--seed must be at least 0, not {args.seed}")
-        path = render(args)
+        check(args)
+        run = args.run or newest_run(args.results)
+        if not (run / "metrics.json").is_file():
+            raise UserError(f"{run} holds no finished run (no metrics.json); run main.py first")
+        path = summarise(run) if args.summary else render_gallery(run, args) if args.gallery else render_case(run, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -371,38 +192,132 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(args: argparse.Namespace) -> Path:
+def check(args: argparse.Namespace) -> None:
+    """Refuse arguments that do not go together.
+
+    Raises:
+        UserError: names the flags.
+    """
+    if args.id is not None and args.image is not None:
+        raise UserError("give --id or --image, not both")
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
+    if args.n is not None and args.n < 1:
+        raise UserError(f"--n must be at least 1, not {args.n}")
+    if args.n is not None and args.gallery is None:
+        raise UserError("--n says how many images a --gallery shows; give both")
+    if args.gallery is not None and args.gallery not in RULES:
+        raise UserError(f"there is no gallery {args.gallery}; choose one of {', '.join(RULES)}")
+    if args.overlay is not None and args.overlay not in COLUMNS:
+        raise UserError(f"there is no map {args.overlay}; choose one of {', '.join(COLUMNS)}")
+    modes = [flag for flag in ("gallery", "summary", "overlay") if getattr(args, flag)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
+    if modes in (["gallery"], ["summary"]) and (args.id is not None or args.image is not None):
+        raise UserError(f"--{modes[0]} is about the whole run; leave --id and --image out")
+    if args.summary and args.output is not None:
+        raise UserError("--summary writes into the run's folder; leave --output out")
+
+
+def summarise(folder: Path) -> Path:
+    """Redraw the figures of a run and rewrite its report, from saved numbers and maps alone; returns the report.
+
+    The galleries need the images as well: where the dataset is gone, they stay as they are, and that is said.
+    """
+    run = load_run(folder)
+    try:
+        draw_run(run, image_reader(run))
+    except UserError as error:
+        print(f"galleries not redrawn: {error}")
+        draw_run(run)
+    return folder / "report.html"
+
+
+def image_reader(run: SavedRun) -> ImageReader:
+    """Reads the images of a run's data at map resolution.
+
+    Raises:
+        UserError: the dataset is not where the run found it.
+    """
+    pairs, size = run_pairs(run.record), int(run.record["configuration"]["image_size"])
+
+    def read(id: str) -> np.ndarray:
+        if id not in pairs:
+            raise UserError(f"there is no image {id} in {run.record['images']}")
+        return read_image(pairs[id].image, size)
+
+    return read
+
+
+def render_gallery(folder: Path, args: argparse.Namespace) -> Path:
+    """Draw and save the gallery that the arguments ask for, from saved maps."""
+    run = load_run(folder)
+    random = args.gallery == "random"
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31) if random else run_seed(run)
+    n = args.n or GALLERY_N
+    figure = draw_gallery(run, args.gallery, n, seed, image_reader(run))
+    if figure is None:
+        raise UserError(f"gallery {args.gallery}: the rule is defined for no test image of {folder}")
+    for id, value in choose(args.gallery, test_images(run, seed), n):
+        print(id if random else f"{id}   {RULES[args.gallery].shown or RULES[args.gallery].title}: {number(value)}")
+    print(f"the same picture again: python visualize.py --run {folder} --gallery {args.gallery} --n {n}"
+          + (f" --seed {seed}" if random else ""))
+    return save_figure(figure, args.output or folder / "figures" / f"gallery_{args.gallery}_{n}.png")
+
+
+def render_case(folder: Path, args: argparse.Namespace) -> Path:
     """Compute, draw, save and (where there is a display) show the case that the arguments ask for."""
-    run = args.run or newest_run(args.results)
-    record = read_json(run / "config.json")
-    if not (run / "metrics.json").is_file():
-        raise UserError(f"{run} holds no finished run (no metrics.json); run main.py first")
+    record = read_json(folder / "config.json")
     device = resolve_device(args.device)
     if args.image is not None:
         pair, image, id, how = None, args.image, args.image.stem, f"--image {args.image}"
     else:
-        pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]), [])}
+        pairs = run_pairs(record)
         seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
         id, how = (args.id, f"--id {args.id}") if args.id else (pick(record["split"]["test"], seed), f"--seed {seed}")
         if id not in pairs:
             raise UserError(f"there is no image {id} in {record['images']}; give --id one of that folder")
         pair, image = pairs[id], pairs[id].image
-    case, config, metrics = compute_case(run, pair, image, id, device)
-    figure = case_figure(
-        [case], metrics["normalisation"], threshold=config.threshold,
-        note=f"{how}, dropout seed {config.seed}, T = {config.passes}, λ = {metrics['lambda']:g}",
-        synthetic=bool(metrics["synthetic"]) and args.image is None,
-    )
-    path = save_figure(figure, args.output or run / "figures" / f"case_{id}.png")
-    print(f"{case_title(case, config.threshold)}\nthe same picture again: python visualize.py --run {run} {how}")
+    case, config, metrics = compute_case(folder, pair, image, id, device)
+    shown = how if args.image is None else args.image.name
+    options = labels(SavedRun(folder, metrics, record, (), ()), f"{shown}, dropout seed {config.seed}")
+    if args.image is not None:  # the run's labels are about its own images
+        trained = "the model was trained on SYNTHETIC LESIONS" if metrics["synthetic"] else None
+        options = {**options, "synthetic": False, "data_note": trained}
+    options["threshold"] = config.threshold
+    if args.overlay:
+        truth = None if pair is None else read_mask(pair.mask)
+        figure = overlay_figure(case, read_image(image), truth, args.overlay, metrics["normalisation"], **options)
+        name = f"overlay_{id}.png"
+    else:
+        figure, name = case_figure([case], metrics["normalisation"], **options), f"case_{id}.png"
+    path = save_figure(figure, args.output or folder / "figures" / name)
+    again = how + (f" --overlay {args.overlay}" if args.overlay else "")
+    print(f"{case_title(case, config.threshold)}\nthe same picture again: python visualize.py --run {folder} {again}")
     if has_display():
-        from matplotlib import pyplot
-
-        pyplot.figure(figsize=(15, 3.5))
-        pyplot.imshow(pyplot.imread(str(path))) if path.suffix == ".png" else None
-        pyplot.axis("off")
-        pyplot.show()
+        show(path)
     return path
+
+
+def has_display() -> bool:
+    """Whether a window can be opened."""
+    if sys.platform.startswith(("win", "darwin")):
+        return sys.stdout.isatty()
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def show(path: Path) -> None:
+    """Open a saved PNG or JPEG in a window; other formats are for other programs."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        return
+    from matplotlib import pyplot
+
+    picture = pyplot.imread(str(path))
+    pyplot.figure(figsize=(14, 14 * picture.shape[0] / picture.shape[1]))
+    pyplot.imshow(picture)
+    pyplot.axis("off")
+    pyplot.tight_layout(pad=0)
+    pyplot.show()
 
 
 if __name__ == "__main__":

@@ -76,6 +76,17 @@ def process(*arguments: object, cwd: Path, script: str = "main.py", **options: o
     )
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of constructed maps with its study, figures and report, but no weights; tests that change it copy it first."""
+    from saved_runs import make_run
+
+    folder = make_run(tmp_path_factory.mktemp("saved"), study=True, synthetic=True, data_note="tiny discs")
+    outcome = command("--run", folder, "--summary", script="visualize.py", cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr
+    return folder
+
+
 #: Flags of a run of seconds on the tiny pairs.
 TINY_FLAGS = ("--quick", "--image-size", 32, "--width", 4, "--epochs", 2, "--passes", 3, "--batch-size", 4, "--resamples", 200,
               "--device", "cpu")

@@ -143,6 +143,10 @@ def contents(run: Path) -> dict[str, object]:
             continue
         if name == "metrics.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "minutes"}
+        elif name == "report.md":  # the rest names folders and times
+            found[name] = path.read_text().split("How it was made")[0]
+        elif name == "report.html":
+            found[name] = b"</html>" in path.read_bytes()
         elif name == "training_log.csv":
             found[name] = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
             assert path.read_text().splitlines()[0].endswith(",images_per_second,seconds_waited_for_data")
@@ -152,9 +156,10 @@ def contents(run: Path) -> dict[str, object]:
 
 
 def same(run: Path, reference: Path, figures: bool = True) -> None:
-    """The two runs left the same files with the same bytes, and no others."""
+    """The two runs left the same files with the same bytes, and no others; ``figures``: pictures and report too."""
+    drawn = () if figures else ("figures", "report.")
     one, two = (
-        {name: content for name, content in contents(folder).items() if figures or not name.startswith("figures")}
+        {name: content for name, content in contents(folder).items() if not name.startswith(drawn)}
         for folder in (run, reference)
     )
     assert sorted(one) == sorted(two)

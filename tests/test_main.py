@@ -21,7 +21,7 @@ from storage import MAP_ARRAYS
 
 def test_a_run_leaves_what_the_readme_says(finished):
     files = ("config.json", "metrics.json", "per_image.csv", "training_log.csv", "calibration.npz", "weights/best_model.pth")
-    figures = (f"figures/{name}.png" for name in ("cases", "reliability", "lambda_curve", "training"))
+    figures = (f"figures/{name}.png" for name in ("gallery_random", "reliability", "lambda_curve", "training"))
     for name in (*files, *figures):
         assert (finished / name).is_file(), name
     metrics = json.loads((finished / "metrics.json").read_text())

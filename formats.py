@@ -1,0 +1,64 @@
+"""Numbers as people read them: one rounding for figures, report and terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+MISSING = "not defined"
+SYNTHETIC_NOTE = "SYNTHETIC LESIONS: not patient data"
+
+SCORE_NAMES = {
+    "predictive_variance": "predictive variance",
+    "saliency_variance": "saliency variance",
+    "fused": "fused score",
+    "predictive_entropy": "predictive entropy",
+    "mutual_information": "mutual information",
+    "one_minus_max_probability": "one minus maximum probability",
+}
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a finite value; None and NaN stand for a quantity that is not defined."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None) -> str:
+    """Four decimals, as in the verdict sentence."""
+    return f"{value:.4f}" if is_number(value) else MISSING
+
+
+def signed(value: float | None) -> str:
+    """A difference: four decimals and always a sign."""
+    return f"{value:+.4f}" if is_number(value) else MISSING
+
+
+def span(interval: Sequence[float | None] | None) -> str:
+    """An interval (low, high)."""
+    return _span(interval, number)
+
+
+def signed_span(interval: Sequence[float | None] | None) -> str:
+    """The interval of a difference."""
+    return _span(interval, signed)
+
+
+def _span(interval: Sequence[float | None] | None, shown) -> str:
+    if interval is None or not all(is_number(bound) for bound in interval):
+        return MISSING
+    return f"{shown(interval[0])} to {shown(interval[1])}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with separators between thousands."""
+    return f"{int(value):,}" if is_number(value) else MISSING
+
+
+def percent(share: float | None) -> str:
+    """A share of one, in per cent with one decimal."""
+    return f"{100 * share:.1f} %" if is_number(share) else MISSING
+
+
+def duration(seconds: float) -> str:
+    """A time that has passed: seconds below two minutes, then minutes."""
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
