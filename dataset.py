@@ -391,7 +391,8 @@ def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, in
         if size is not None and image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))
         orientation = image.getexif().get(0x0112, 1)
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
         if orientation in (5, 6, 7, 8):
             original = original[::-1]
         if size is not None:
@@ -433,10 +434,16 @@ def read_mask(path: Path, size: int | None = None) -> np.ndarray:
 
 def _read_mask(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
     with _open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        original = image.size
+        ImageOps.exif_transpose(image, in_place=True)
+        original, nearest = image.size, Image.Resampling.NEAREST
         if image.mode not in ("L", "1", "I", "I;16", "I;16B", "I;16L", "F"):
             image = image.convert("RGB").convert("L")
+        if image.mode == "L" and size is not None:
+            # Nearly every mask: nothing but the histogram needs all of its millions of pixels, as resizing to the
+            # nearest pixel and the comparison may change places.
+            levels = np.flatnonzero(image.histogram())
+            if levels[-1] > 0 and not 3 <= len(levels) <= 8:
+                return (np.asarray(image.resize((size, size), nearest)) > levels[-1] / 2).astype(np.uint8), original
         values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise UserError(f"mask {path} holds NaN or infinite values; correct it or remove its pair", path)
@@ -451,7 +458,7 @@ def _read_mask(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int
         )
     binary = (values > peak / 2).astype(np.uint8)
     if size is not None:
-        binary = np.asarray(Image.fromarray(binary).resize((size, size), Image.Resampling.NEAREST))
+        binary = np.asarray(Image.fromarray(binary).resize((size, size), nearest))
     return binary, original
 
 
@@ -463,7 +470,7 @@ def _class_levels(values: np.ndarray, peak: float) -> list[float]:
     the only one between, a twentieth of all that is not background. Soft edges
     are thin, and JPEG's ringing stays close to the two ends.
     """
-    levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if values.dtype == np.uint8 else np.unique(values)
+    levels = np.unique(values)
     if not 3 <= len(levels) <= 8:
         return []
     between = [level for level in levels if peak / 8 < level < peak * 7 / 8]

@@ -173,6 +173,17 @@ def test_soft_and_16_bit_masks(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "deep.png"), [[0, 1], [1, 0]])
 
 
+@pytest.mark.parametrize("levels", [2, 5, 40])
+def test_a_resized_mask_is_the_full_one_at_the_nearest_pixels(tmp_path, levels):
+    rng = np.random.default_rng(levels)
+    values = rng.integers(0, levels, (61, 83), dtype=np.uint8)
+    values[::2] //= max(levels - 1, 1)  # levels between do not fill areas: no map of classes
+    Image.fromarray(values).save(tmp_path / "m.png")
+    whole = Image.fromarray(read_mask(tmp_path / "m.png"))
+    np.testing.assert_array_equal(whole, values > values.max() / 2)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 32), whole.resize((32, 32), Image.Resampling.NEAREST))
+
+
 def test_a_mask_that_is_all_lesion_stays_all_lesion(tmp_path):
     assert read_mask(_grey(tmp_path / "m.png", 255)).all()
 
