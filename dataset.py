@@ -1,19 +1,13 @@
-"""Image-mask pairs: finding and checking them, the split, the decoded cache, augmentation."""
+"""Image-mask pairs: finding them, the split, the decoded cache, augmentation."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
-import shutil
 import stat
 import threading
 import unicodedata
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,39 +18,19 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import check_integrity, extract_archive
-from tqdm import tqdm
 
-from storage import FolderLock, UserError, file_checksum, fingerprint, read_json, remove_partials, write_json
+from decoding import Pair, decode_pair
+from storage import FolderLock, UserError, check_space, file_checksum, fingerprint, read_json, remove_partials, write_json
 
 ISIC_IMAGES = "ISIC2018_Task1-2_Training_Input"
 ISIC_MASKS = "ISIC2018_Task1_Training_GroundTruth"
-ISIC_ARCHIVES = (
-    ("https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task1-2_Training_Input.zip", ISIC_IMAGES),
-    ("https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task1_Training_GroundTruth.zip", ISIC_MASKS),
-)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 MASK_ENDINGS = ("_segmentation", "_lesion", "_mask")
-# The formats of these suffixes; Pillow knows others, some of which start programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
-MAX_PIXELS = 2**26  # twice the largest dermoscopic photograph; a file of a few bytes may declare any number
-MIN_SIDE, MAX_ASPECT = 4, 100  # what is smaller or longer shows no lesion
-#: A zip file that claims to grow more than this is a bomb; photographs hardly shrink, masks tenfold to fiftyfold.
-MAX_EXPANSION, MAX_MEMBERS = 200, 200_000
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Pair(NamedTuple):
-    """An image and its mask; ``id`` is the image file's stem."""
-
-    id: str
-    image: Path
-    mask: Path
 
 
 class BadPair(NamedTuple):
@@ -219,289 +193,6 @@ def leave_out(split: Split, bad: Collection[str]) -> Split:
         if len(part) < least:
             raise UserError(f"without the {len(bad)} bad pairs the {name} part has {len(part)} images; repair some of them")
     return rest
-
-
-# ---------------------------------------------------------------- the download
-
-
-def download_isic(root: Path, archives: Sequence[tuple[str, str]] = ISIC_ARCHIVES) -> None:
-    """Fetch and unpack the official training images and masks under ``root``.
-
-    A download that stopped half-way goes on where it stopped (HTTP range
-    requests). An archive is verified by its announced length and by the
-    checksum of every member, and unpacked only if every member stays inside
-    ``root``. A part that is already unpacked is left alone.
-
-    Raises:
-        UserError: the server cannot be reached, or an archive is broken or unsafe.
-    """
-    root = Path(root)
-    missing = [(url, folder) for url, folder in archives if not (root / folder).is_dir()]
-    if not missing:
-        return
-    with FolderLock(root, "give --data a folder that is complete"):  # two at once would mix their bytes in one file
-        for url, folder in missing:
-            archive = root / url.rsplit("/", 1)[1]
-            _fetch(url, archive)
-            _unpack(archive, root, folder)
-
-
-def _fetch(url: str, path: Path) -> None:
-    """Download to ``path``, by way of a ``.part`` file that a later call continues."""
-    part = path.with_name(path.name + ".part")
-    if check_integrity(str(path)):
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        try:
-            response = urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # the part is already all there is
-                raise
-            part.replace(path)
-            return
-        with response:
-            resumed = response.status == 206
-            start = done if resumed else 0  # a server without ranges sends it all again
-            total = start + int(response.headers.get("Content-Length", 0))
-            with open(part, "ab" if resumed else "wb") as stream, tqdm(
-                desc=path.name, total=total or None, initial=start, unit="B", unit_scale=True
-            ) as bar:
-                for block in iter(lambda: response.read(1 << 20), b""):
-                    stream.write(block)
-                    bar.update(len(block))
-        if total and part.stat().st_size != total:
-            raise UserError(f"the download of {url} stopped early; run the same command again to continue it")
-        part.replace(path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(
-            f"cannot download {url} ({_one_line(error)}); run the same command again to continue, "
-            f"or put the unpacked archive into {path.parent}"
-        ) from error
-
-
-def _unpack(archive: Path, root: Path, folder: str) -> None:
-    """Unpack a zip archive beside its place and move it there when it is whole."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            members = content.infolist()
-            for member in members:
-                target = (root / member.filename).resolve()
-                if root.resolve() not in target.parents:
-                    raise UserError(f"{archive} holds the unsafe path {member.filename!r}; delete it and download again")
-            size = sum(member.file_size for member in members)  # no member can grow beyond what it declares
-            if len(members) > MAX_MEMBERS or size > MAX_EXPANSION * archive.stat().st_size + 2**20:
-                raise UserError(
-                    f"{archive} would grow from {archive.stat().st_size} bytes to {size} in {len(members)} files; "
-                    "that is no archive of pictures: delete it and download again"
-                )
-            _check_space(root, size, "make room")
-        staging = root / f".{folder}.partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        extract_archive(str(archive), str(staging))  # checks every member's CRC as it reads
-        inner = staging / folder
-        if not inner.is_dir():
-            raise UserError(f"{archive} does not hold the folder {folder}; delete it and download again")
-        inner.rename(root / folder)
-        shutil.rmtree(staging, ignore_errors=True)
-        archive.unlink()
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot unpack {archive}: {error.strerror or error}; make room and run again") from error
-    except Exception as error:  # a damaged archive may be encrypted, packed in an unknown way, or anything else
-        raise UserError(f"{archive} is broken ({_one_line(error)}); delete it and run the same command again") from error
-
-
-# ---------------------------------------------------------------- decoding
-
-
-_opening = threading.Lock()
-
-
-def _open(path: Path) -> Image.Image:
-    """Open an image file without decoding it; refuse what no picture is."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a readable file; restore it or remove its pair", path)
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes); restore it or remove its pair", path)
-    with _opening, warnings.catch_warnings():  # filters of warnings belong to the process, not to the thread
-        warnings.simplefilter("ignore")  # too many pixels are an error here, whatever Pillow calls them
-        image = Image.open(path, formats=IMAGE_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-    return image
-
-
-def _guarded(path: Path, read: Callable[[], Any]) -> Any:
-    """Call ``read``; every failure of Pillow becomes one line naming the file."""
-    try:
-        return read()
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(
-            f"{path} has too many pixels to be a photograph ({_one_line(error)}; at most {MAX_PIXELS}); remove its pair", path
-        ) from error
-    except PIL.UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image, whatever its name says; restore it or remove its pair", path) from error
-    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        raise UserError(
-            f"cannot decode {path} ({type(error).__name__}: {_one_line(error)}); restore it or remove its pair", path
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def read_image(path: Path, size: int | None = None) -> np.ndarray:
-    """Decode any image file to 8-bit RGB, upright, optionally resized.
-
-    Grey, palette, RGBA (the alpha is dropped), CMYK, 16-bit and float images
-    are converted; the EXIF orientation is applied. JPEGs are decoded at a
-    reduced scale when that leaves at least twice ``size`` on both sides.
-
-    Args:
-        path: the file.
-        size: side of the square result, resized bilinearly with antialiasing
-            when shrinking; None keeps the file's own size.
-
-    Returns:
-        uint8 (H, W, 3).
-
-    Raises:
-        UserError: the file is missing, truncated or not an image, has more than
-            ``MAX_PIXELS``, a side below ``MIN_SIDE``, or sides that differ more
-            than ``MAX_ASPECT`` times.
-    """
-    return _guarded(Path(path), lambda: _read_image(Path(path), size)[0])
-
-
-def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
-    with _open(path) as image:
-        original = image.size
-        if min(original) < MIN_SIDE or max(original) > MAX_ASPECT * min(original):
-            raise UserError(
-                f"{path} is {original[0]} x {original[1]} pixels, too small or too long to show a lesion; remove its pair", path
-            )
-        if size is not None and image.format == "JPEG":
-            image.draft("RGB", (2 * size, 2 * size))
-        orientation = image.getexif().get(0x0112, 1)
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
-        if orientation in (5, 6, 7, 8):
-            original = original[::-1]
-        if size is not None:
-            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-        return np.array(rgb), original
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it holds NaN or infinite values")
-        # 16-bit files use 0 to 65535, float files 0 to 1 or 0 to 255
-        top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0
-        if image.mode != "F":
-            top = 65535.0
-        values *= 255.0 / top
-        image = Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_mask(path: Path, size: int | None = None) -> np.ndarray:
-    """Decode a mask file to 0 and 1, upright, optionally resized (nearest).
-
-    A pixel is lesion where its grey value exceeds half of the file's largest
-    one, so masks of 0 and 255, of 0 and 1, and soft ones all work. A few
-    distinct levels that fill areas, as in a map of several classes, do not:
-    which of them is the lesion cannot be known.
-
-    Returns:
-        uint8 (H, W) of 0 and 1.
-
-    Raises:
-        UserError: the file is missing, truncated, not an image, empty of
-            lesion, or a map of several classes.
-    """
-    return _guarded(Path(path), lambda: _read_mask(Path(path), size)[0])
-
-
-def _read_mask(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
-    with _open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        original, nearest = image.size, Image.Resampling.NEAREST
-        if image.mode not in ("L", "1", "I", "I;16", "I;16B", "I;16L", "F"):
-            image = image.convert("RGB").convert("L")
-        if image.mode == "L" and size is not None:
-            # Nearly every mask: nothing but the histogram needs all of its millions of pixels, as resizing to the
-            # nearest pixel and the comparison may change places.
-            levels = np.flatnonzero(image.histogram())
-            if levels[-1] > 0 and not 3 <= len(levels) <= 8:
-                return (np.asarray(image.resize((size, size), nearest)) > levels[-1] / 2).astype(np.uint8), original
-        values = np.asarray(image)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise UserError(f"mask {path} holds NaN or infinite values; correct it or remove its pair", path)
-    peak = float(values.max(initial=0))  # arithmetic with the 8-bit number itself would overflow
-    if not peak > 0:
-        raise UserError(f"mask {path} is empty: it marks no lesion anywhere; correct it or remove its pair", path)
-    levels = _class_levels(values, peak)
-    if levels:
-        raise UserError(
-            f"mask {path} has {len(levels)} grey levels ({', '.join(f'{level:g}' for level in levels)}), like a map of "
-            "several classes; save it with two, background and lesion, or remove its pair", path
-        )
-    binary = (values > peak / 2).astype(np.uint8)
-    if size is not None:
-        binary = np.asarray(Image.fromarray(binary).resize((size, size), nearest))
-    return binary, original
-
-
-def _class_levels(values: np.ndarray, peak: float) -> list[float]:
-    """The grey levels of a mask, where they look like classes; none where they look like one soft or binary lesion.
-
-    Classes are three to eight levels of which one between an eighth and seven
-    eighths of ``peak`` fills areas: somewhere a block of 3 x 3 pixels, or, being
-    the only one between, a twentieth of all that is not background. Soft edges
-    are thin, and JPEG's ringing stays close to the two ends.
-    """
-    levels = np.unique(values)
-    if not 3 <= len(levels) <= 8:
-        return []
-    between = [level for level in levels if peak / 8 < level < peak * 7 / 8]
-    for level in between:
-        here = values == level
-        rows = here[:-2] & here[1:-1] & here[2:]
-        block = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
-        if block.any() or (len(between) == 1 and 20 * here.sum() >= (values > peak / 8).sum()):
-            return [float(level) for level in levels]
-    return []
-
-
-def decode_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 (size, size, 3) and mask uint8 (size, size) of 0 and 1.
-
-    Raises:
-        UserError: a file is broken, the two differ in size, or no lesion is
-            left in the resized mask.
-    """
-    image, image_size = _guarded(pair.image, lambda: _read_image(pair.image, size))
-    mask, mask_size = _guarded(pair.mask, lambda: _read_mask(pair.mask, size))
-    if image_size != mask_size:
-        raise UserError(
-            f"{pair.image} is {image_size[0]} x {image_size[1]} but its mask {pair.mask.name} is "
-            f"{mask_size[0]} x {mask_size[1]}; correct the mask or remove the pair", pair.mask
-        )
-    if not mask.any():
-        raise UserError(
-            f"mask {pair.mask} vanishes at {size} x {size} pixels; remove its pair or use a larger --image-size", pair.mask
-        )
-    return image, mask
 
 
 # ---------------------------------------------------------------- the decoded cache
@@ -688,7 +379,7 @@ def _decode_into(
         if not entries:
             data_path.unlink(missing_ok=True)  # rather than overwrite what another run may have mapped
         present = data_path.stat().st_size if data_path.exists() else 0
-        _check_space(folder, (unused + len(pairs)) * length - present)
+        check_space(folder, (unused + len(pairs)) * length - present)
         # Pillow and hashlib release the interpreter lock, so threads use every core.
         with open(data_path, "r+b" if data_path.exists() else "w+b") as stream, \
                 ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -723,14 +414,6 @@ def _checksum(path: Path) -> str:
         return file_checksum(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair", path) from error
-
-
-def _check_space(folder: Path, needed: int, remedy: str = "make room, or give --cache another folder") -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 2**20:.0f} MiB more but {free / 2**20:.0f} MiB are free; {remedy}"
-        )
 
 
 # ---------------------------------------------------------------- tensors for the network

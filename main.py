@@ -31,18 +31,8 @@ from charts import SavedRun, read_table
 from checkpoints import weights_fingerprint
 from config import QUICK, Config, parse_config
 from counters import Counters, count_scores, merge
-from dataset import (
-    BadPair,
-    DecodedPairs,
-    Split,
-    decode_pairs,
-    download_isic,
-    find_pairs,
-    isic_folders,
-    leave_out,
-    limit_pairs,
-    split_ids,
-)
+from dataset import BadPair, DecodedPairs, Split, decode_pairs, find_pairs, isic_folders, leave_out, limit_pairs, split_ids
+from download import download_isic
 from formats import number
 from fusion import Fusion, lambda_grid
 from interruption import StopSignals

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 import weakref
 import zipfile
@@ -38,6 +39,11 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """The text on one line, with everything escaped that a terminal would act on or cannot show."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 @contextmanager
@@ -107,6 +113,19 @@ def _is_another_alive(process: int) -> bool:
 def _remove(path: Path) -> None:
     with suppress(OSError):  # the failure that led here is the one to report
         path.unlink()
+
+
+def check_space(folder: Path, needed: int, remedy: str = "make room, or give --cache another folder") -> None:
+    """Fail before any work where the disk of a folder has less than ``needed`` bytes free.
+
+    Raises:
+        UserError: how much is missing, and ``remedy``.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {needed / 2**20:.0f} MiB more but {free / 2**20:.0f} MiB are free; {remedy}"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ import torch
 from charts import SavedRun, draw_run_figures, load_run
 from checkpoints import load_model, weights_fingerprint
 from config import Config, Parser, resolve_device
-from dataset import Pair, find_pairs, normalise, read_image, read_mask
+from dataset import find_pairs, normalise
+from decoding import Pair, read_image, read_mask
 from figures import COLUMNS, Case, case_figure, case_title, overlay_figure, save_figure
 from formats import number
 from fusion import Fusion, Linear

@@ -25,7 +25,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import Pair, decode_pairs, find_pairs  # noqa: E402
+from dataset import decode_pairs, find_pairs  # noqa: E402
+from decoding import Pair  # noqa: E402
 
 
 def plain_epoch(pairs: list[Pair], size: int) -> None:

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config, resolve_device  # noqa: E402
 from dataset import (  # noqa: E402
-    Pair,
     TrainingImages,
     augmentation,
     decode_pairs,
@@ -45,6 +44,7 @@ from dataset import (  # noqa: E402
     normalise,
     split_ids,
 )
+from decoding import Pair  # noqa: E402
 from model import UNet  # noqa: E402
 from processes import Processes  # noqa: E402
 from synthetic import write_synthetic_dataset  # noqa: E402

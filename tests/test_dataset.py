@@ -21,17 +21,15 @@ from dataset import (
     ISIC_IMAGES,
     ISIC_MASKS,
     TrainingImages,
-    decode_pair,
     decode_pairs,
-    download_isic,
     find_pairs,
     isic_folders,
     limit_pairs,
     normalise,
-    read_image,
-    read_mask,
     split_ids,
 )
+from decoding import decode_pair, read_image, read_mask
+from download import download_isic
 from storage import UserError
 
 # ---------------------------------------------------------------- the split

@@ -22,22 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
+import download
 import train
 from checkpoints import load_checkpoint, load_model, save_checkpoint
 from config import Config
-from dataset import (
-    ISIC_IMAGES,
-    ISIC_MASKS,
-    BadPair,
-    Pair,
-    decode_pair,
-    decode_pairs,
-    find_pairs,
-    isic_folders,
-    read_image,
-    read_mask,
-    split_ids,
-)
+from dataset import ISIC_IMAGES, ISIC_MASKS, BadPair, decode_pairs, find_pairs, isic_folders, split_ids
+from decoding import Pair, decode_pair, read_image, read_mask
 from model import UNet
 from processes import Processes
 from storage import MAP_ARRAYS, UserError, read_json, read_maps, seal, write_json, write_maps
@@ -516,7 +506,7 @@ def test_a_configuration_edited_by_hand(copied, finished, tiny, text):
 
 
 def _unpack(archive: Path, root: Path) -> None:
-    dataset._unpack(archive, root, "inner")
+    download._unpack(archive, root, "inner")
 
 
 def test_archives_that_are_hostile(tmp_path, monkeypatch):
@@ -527,7 +517,7 @@ def test_archives_that_are_hostile(tmp_path, monkeypatch):
         refused(lambda: _unpack(archive, root), "x.zip holds the unsafe path")
     _zip(archive, {"inner/zeros": b"\0" * 30_000_000}, zipfile.ZIP_DEFLATED)
     refused(lambda: _unpack(archive, root), "x.zip would grow from", "to 30000000 in 1 files", "delete it")
-    monkeypatch.setattr(dataset, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(download, "MAX_MEMBERS", 3)
     _zip(archive, {f"inner/{i}": b"" for i in range(4)})
     refused(lambda: _unpack(archive, root), "in 4 files")
     # a member that declares less than it holds stops at what it declared, and its checksum tells

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_FLAGS, process, write_pairs
 
-from dataset import decode_pair, decode_pairs, find_pairs, isic_folders
+from dataset import decode_pairs, find_pairs, isic_folders
+from decoding import decode_pair
 from storage import FolderLock, remove_partials
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
