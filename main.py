@@ -186,7 +186,7 @@ def find_source(config: Config) -> tuple[Config, Source]:
     if config.data is not None or (DATA / "ISIC2018").exists():
         root = Path(config.data or DATA / "ISIC2018")
         return config, Source(root.resolve().name.lower(), *isic_folders(root), False)
-    config = config.with_preset({**QUICK, "epochs": 12})  # few images: more epochs
+    config = config.with_preset(QUICK)
     say(SYNTHETIC_BANNER)
     root = DATA / f"synthetic-{config.synthetic_images}"
     with bar("drawing synthetic lesions", config.synthetic_images, "image") as shown:
