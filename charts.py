@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -85,6 +86,27 @@ def _intervals(pairs: Iterable[Sequence[float | None] | None]) -> np.ndarray:
     return np.array([_floats((None, None) if pair is None else pair) for pair in pairs]).reshape(-1, 2)
 
 
+def _note(ax: Axes, text: str) -> None:
+    """Write into the corner, lower right or upper left or lower left, that hides the fewest points."""
+    points = np.concatenate([
+        np.empty((0, 2)), *(line.get_xydata() for line in ax.lines if line.get_marker() not in ("", "None", None)),
+        *(np.asarray(dots.get_offsets()) for dots in ax.collections if isinstance(dots, PathCollection)),
+    ])
+    ax.autoscale_view()
+    points = ax.transLimits.transform(points)  # 0 to 1 on both axes
+
+    def hidden(corner: tuple[str, str]) -> int:
+        beside = points[:, 0] > 0.4 if corner[0] == "right" else points[:, 0] < 0.6
+        level = points[:, 1] < 0.24 if corner[1] == "bottom" else points[:, 1] > 0.76
+        return int((beside & level).sum())
+
+    across, up = min((("right", "bottom"), ("left", "top"), ("left", "bottom")), key=hidden)
+    ax.text(
+        0.97 if across == "right" else 0.03, 0.05 if up == "bottom" else 0.95, text, transform=ax.transAxes, ha=across, va=up,
+        linespacing=1.4, bbox={"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round,pad=0.4"},
+    )
+
+
 # ---------------------------------------------------------------- reliability
 
 
@@ -94,7 +116,7 @@ def draw_reliability(ax: Axes, table: Mapping[str, Sequence[float]], colour: str
     confidence, accuracy = _floats(table["confidence"])[filled], _floats(table["accuracy"])[filled]
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="dotted", label="perfect calibration")
     ax.vlines(confidence, accuracy, confidence, color=colour, alpha=0.35, linewidth=3)
-    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.2)
+    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.2, clip_on=False)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     ax.xaxis.set_major_formatter("{x:g}")  # "0" and "1" of neighbouring panels do not run into each other
     return ax
@@ -123,10 +145,7 @@ def reliability_figure(run: SavedRun) -> Figure:
         text = f"ECE {number(test['foreground_ece'][score])}"
         if is_number(test["foreground_ece"][score]):
             text += f"\n95 %: {span(test['foreground_ece_interval'][score])}"
-        axes[0, column].text(
-            0.97, 0.05, text, transform=axes[0, column].transAxes, ha="right", va="bottom", linespacing=1.4,
-            bbox={"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round,pad=0.4"},
-        )
+        _note(axes[0, column], text)
         axes[0, column].set_xlabel("")
         draw_counts(axes[1, column], table, SCORE_COLOURS[score])
     for ax in axes[:, 1:].flat:
@@ -228,13 +247,13 @@ def dice_figure(run: SavedRun) -> Figure:
         uncertainty = _floats(row[f"mean_{score}"] for row in run.rows)
         draw_dice_against_uncertainty(ax, uncertainty, dice, SCORE_COLOURS[score], ranking["bad_dice_below"])
         ax.set_title(SCORE_NAMES[score] + (" (normalised)" if score != "fused" else ""), fontsize=10)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
         ax.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
         found = ranking["whole_image"][score]["spearman_with_dice"]
         text = f"Spearman {signed(found['value'])}"
         if is_number(found["value"]):
             text += f"\n95 %: {signed_span(found['interval'])}"
-        ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", va="bottom", linespacing=1.4,
-                bbox={"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round,pad=0.4"})
+        _note(ax, text)
     for ax in figure.axes[1:]:
         ax.set_ylabel("")
     return stamped(figure, run.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -262,6 +263,18 @@ def test_reliability_points_gaps_and_the_error_in_the_corner(run):
         assert ax.get_xlim() == (0, 1)
     assert SYNTHETIC_NOTE in texts(figure)
     assert "tiny discs" in texts(figure)
+
+
+@pytest.mark.parametrize(("accuracy", "corner"), [([0.1, 0.2, 0.1], ("left", "top")), ([1.0, 0.9, 0.9], ("right", "bottom"))])
+def test_the_error_stands_where_no_point_is(run, accuracy, corner):
+    metrics = json.loads(json.dumps(run.metrics))
+    for score in charts.HEADLINE:
+        metrics["test"]["regions"]["foreground"]["scores"][score]["reliability"] = {
+            "count": [5, 5, 5], "lower": [0, 1 / 3, 2 / 3], "upper": [1 / 3, 2 / 3, 1], "confidence": [0.3, 0.5, 0.9],
+            "accuracy": accuracy}
+    for ax in charts.reliability_figure(run._replace(metrics=metrics)).axes[:3]:
+        (text,) = ax.texts
+        assert (text.get_ha(), text.get_va()) == corner
 
 
 def test_the_lambda_curve_shows_both_parts_their_bands_and_the_choice(run):
