@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -64,7 +65,7 @@ class PlainImages(Dataset):
         epoch, index = key
         pair, side = self.pairs[index], (self.size, self.size)
         with Image.open(pair.image) as image, Image.open(pair.mask) as mask:
-            pixels = np.asarray(image.convert("RGB").resize(side, Image.Resampling.BILINEAR))
+            pixels = np.array(image.convert("RGB").resize(side, Image.Resampling.BILINEAR))
             truth = (np.asarray(mask.convert("L").resize(side, Image.Resampling.NEAREST)) > 127).astype(np.uint8)
         self.pipeline = self.pipeline or augmentation("full")
         self.pipeline.set_random_seed(derived_seed(epoch, index))
@@ -121,7 +122,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=25, help="steps of each variant, after two to warm up")
     parser.add_argument("--dice", action="store_true", help="also train to the end in each precision")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=60, help="of those trainings: enough for few images to converge")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings in each precision")
     args = parser.parse_args()
     device = resolve_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +134,7 @@ def main() -> None:
         decoded = decode_pairs(found, args.size, Path(folder) / "cache")
         config = Config(
             image_size=args.size, width=args.width, batch_size=args.batch_size, epochs=args.epochs, workers=args.workers,
-            lr=1e-3, schedule="cosine",
+            lr=1e-3, schedule="cosine", patience=args.epochs,
         )
         cached: Callable[[], Dataset] = lambda: TrainingImages(decoded, decoded.ids, "full", 0)  # noqa: E731
         variants = {
@@ -159,8 +161,11 @@ def main() -> None:
         if args.dice:
             print(f"\nDice on the images that were not trained on, {len(found)} images, {args.epochs} epochs:")
             for amp in ("fp32", "bf16"):
-                dice = final_dice(decoded, Config(**{**config.to_dict(), "amp": amp}), device)
-                print(f"  {amp}: {dice:.4f}", flush=True)
+                dice = [
+                    final_dice(decoded, replace(config, amp=amp, seed=config.seed + number), device)
+                    for number in range(args.seeds)
+                ]
+                print(f"  {amp}: mean {statistics.mean(dice):.4f} of " + ", ".join(f"{value:.4f}" for value in dice), flush=True)
 
 
 if __name__ == "__main__":
