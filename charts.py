@@ -116,7 +116,8 @@ def draw_reliability(ax: Axes, table: Mapping[str, Sequence[float]], colour: str
     confidence, accuracy = _floats(table["confidence"])[filled], _floats(table["accuracy"])[filled]
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="dotted", label="perfect calibration")
     ax.vlines(confidence, accuracy, confidence, color=colour, alpha=0.35, linewidth=3)
-    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.2, clip_on=False)
+    whole = {"clip_on": not filled.any()}  # marks at 0 and 1 are not cut in two; without marks the layout needs an extent
+    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.2, **whole)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     ax.xaxis.set_major_formatter("{x:g}")  # "0" and "1" of neighbouring panels do not run into each other
     return ax

@@ -49,7 +49,7 @@ class Config:
     limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
     skip_bad: bool = _flag("leave out pairs that are broken or incomplete, and list them; the split of the others stays", "data")
     cache: str | None = _option(None, "folder for the decoded-image cache [data/cache]", "data")
-    data_note: str | None = _option(None, "what a reader has to know about the images, such as 'centre-cropped to 256 pixels': on every figure and in the report", "data")
+    data_note: str | None = _option(None, "what a reader must know about the images ('centre-cropped'), for every figure and the report", "data")
     image_size: int = _option(256, "pixels a side after resizing; a multiple of 16", "data", int, low=32, high=4096)
     test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)
     validation_fraction: float = _option(0.125, "share of the rest that is the validation set", "data", float, above=0, below=1)
