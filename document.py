@@ -245,7 +245,7 @@ h1, h2, h3 { line-height: 1.25; text-wrap: balance; margin: 0; }
 h1 { font-size: 1.15rem; font-weight: 600; color: var(--soft); }
 h2 { font-size: 1.4rem; margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin-top: 2.5rem; }
-p, ul { margin: 0.75rem 0; max-width: 44rem; }
+p, ul { margin: 0.75rem 0; max-width: 44rem; overflow-wrap: anywhere; }
 ul { padding-left: 1.25rem; }
 li { margin: 0.35rem 0; }
 a { color: var(--link); }
