@@ -73,8 +73,13 @@ _CHANNELS_LAST = torch.channels_last
 
 
 def supports(model: nn.Module, target: nn.Module) -> bool:
-    """Whether the algebra holds: an unmodified :class:`UNet`, without hooks, and one of the two targets."""
+    """Whether the algebra holds: an unmodified :class:`UNet`, without hooks, and one of the two targets.
+
+    Not on Metal, which has no float64 to fold the weights in.
+    """
     if type(model) is not UNet or not any(target is t for t in (model.encoder4, model.bottleneck)):
+        return False
+    if model.head.weight.device.type == "mps":
         return False
     modules = [(name, type(m)) for name, m in model.named_modules()]
     shapes = [(name, tensor.shape) for name, tensor in model.state_dict().items()]
