@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Config:
     augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
     workers: int = _option(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
-    passes: int = _option(30, "stochastic forward passes an image (T)", "uncertainty", int, low=1)
+    passes: int = _option(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)
     target_layer: str = _option("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
     precision: str = _option("auto", "precision of map making; auto: fp32", "uncertainty", choices=PRECISIONS)
     cam_scale: str = _option("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
@@ -85,10 +85,10 @@ class Config:
     results: str | None = _option(None, "folder for everything this run writes [results/<dataset>]", "run")
     seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
     fresh: bool = _flag("delete what another configuration left in the results folder and start over", "run")
-    quiet: bool = _flag("no progress bars and no line a stage: only the result, warnings and errors", "run")
+    quiet: bool = _flag("no progress bars and no line per stage: only the result, warnings and errors", "run")
     json: bool = _flag("print the content of metrics.json to standard output, and everything else to standard error", "run")
     device: str = _option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", "run")
-    quick: bool = _flag("CPU-sized preset: 128 pixels, width 16, 20 epochs; flags given beside it win", "run")
+    quick: bool = _flag("CPU-sized preset: 128 pixels, width 16, 20 epochs, cosine from 1e-3; flags given beside it win", "run")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -108,11 +108,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields and their values, as written to ``config.json``."""
         return asdict(self)
-
-    def with_preset(self, preset: dict[str, Any]) -> Config:
-        """A copy in which the fields that still have their default take the preset's values."""
-        default = {item.name: item.default for item in fields(self)}
-        return replace(self, **{key: value for key, value in preset.items() if getattr(self, key) == default[key]})
 
     @classmethod
     def from_dict(cls, values: Any, source: Path) -> Config:
@@ -142,6 +137,8 @@ class Config:
 
 #: What ``--quick`` changes. A narrow network and few epochs want a faster learning rate that decays.
 QUICK = {"image_size": 128, "width": 16, "epochs": 20, "lr": 1e-3, "schedule": "cosine"}
+#: What synthetic lesions change: there are few, so that training needs smaller batches and more epochs.
+SYNTHETIC = {**QUICK, "epochs": 32, "batch_size": 8}
 
 
 def _flag_name(name: str) -> str:
@@ -173,8 +170,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_config(argv: Sequence[str] | None, description: str) -> Config:
+def parse_config(argv: Sequence[str] | None, description: str, preset: Mapping[str, Any] | None = None) -> Config:
     """Turn the command line into a configuration.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        description: the first line of the help.
+        preset: values in place of the defaults, where no flag says otherwise; ``--quick`` gives ``QUICK`` if None.
 
     Raises:
         UserError: an unknown flag or a value out of range.
@@ -198,7 +200,8 @@ def parse_config(argv: Sequence[str] | None, description: str) -> Config:
             _flag_name(item.name), default=argparse.SUPPRESS, help=text, **extra
         )
     given = vars(parser.parse_args(argv))
-    preset = QUICK if given.get("quick") else {}
+    if preset is None:
+        preset = QUICK if given.get("quick") else {}
     return Config(**{**preset, **given})
 
 

@@ -29,8 +29,10 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference: four decimals and always a sign."""
-    return f"{value:+.4f}" if is_number(value) else MISSING
+    """A difference: four decimals and always a sign; one digit and its power of ten where those would be zeros."""
+    if not is_number(value):
+        return MISSING
+    return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.0e}"
 
 
 def span(interval: Sequence[float | None] | None) -> str:

@@ -29,7 +29,7 @@ import evaluation
 import terminal
 from charts import SavedRun, read_table
 from checkpoints import weights_fingerprint
-from config import QUICK, Config, parse_config
+from config import SYNTHETIC, Config, parse_config
 from counters import Counters, count_scores, merge
 from dataset import BadPair, DecodedPairs, Split, decode_pairs, find_pairs, isic_folders, leave_out, limit_pairs, split_ids
 from download import download_isic
@@ -61,9 +61,10 @@ DATA = Path("data")
 RESULTS = Path("results")
 SYNTHETIC_BANNER = """\
 ************************************************************************
-*  SYNTHETIC LESIONS. No dataset was named and data/ISIC2018 is absent, *
-*  so this run draws its own images. Its numbers show that the pipeline *
-*  works; they say nothing about patients. README.md: how to get ISIC.  *
+*  SYNTHETIC LESIONS. No dataset was named, and data/ISIC2018 is not   *
+*  here, so this run draws its own images and trains a small network.  *
+*  Its numbers show that the pipeline works; they say nothing about    *
+*  patients. README.md: how to get ISIC.                               *
 ************************************************************************"""
 
 
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopSignals() as signals:
         try:
             config = parse_config(argv, __doc__)
+            if needs_synthetic(config):
+                config = parse_config(argv, __doc__, SYNTHETIC)
             with terminal.console(config.quiet, config.json):
                 run(config)
         except UserError as error:
@@ -137,7 +140,7 @@ def run(config: Config) -> dict[str, Any]:
     """The whole experiment; returns what ``metrics.json`` holds."""
     started = time.perf_counter()
     with process_group(config.device) as group:
-        config, source = group.shared(lambda: find_source(config))
+        source = group.shared(lambda: find_source(config))
         results = Path(config.results or RESULTS / (source.name + ("-quick" if config.quick and not source.synthetic else "")))
         with FolderLock(results) if group.first else nullcontext(), saying_what_is_kept(results):
             if group.first:
@@ -167,7 +170,7 @@ def run(config: Config) -> dict[str, Any]:
                 draw_figures(metrics, pairs, results)
                 metrics = seal(metrics)
                 write_json(results / "metrics.json", metrics)  # last: its presence says that the run is finished
-                terminal.show_result(metrics, results, source.name)
+                terminal.show_result(metrics, results, source.name, time.perf_counter() - started)
                 return metrics
 
             return group.shared(finish)
@@ -176,22 +179,27 @@ def run(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------- data
 
 
-def find_source(config: Config) -> tuple[Config, Source]:
-    """Decide which images are used; synthetic ones only where none are named and none are there."""
+def needs_synthetic(config: Config) -> bool:
+    """Whether no dataset is named and none is there."""
+    named = config.download or config.images is not None or config.data is not None
+    return not named and not (DATA / "ISIC2018").exists()
+
+
+def find_source(config: Config) -> Source:
+    """Find the images, or draw them where none are named and none are there."""
+    if needs_synthetic(config):
+        say(SYNTHETIC_BANNER)
+        root = DATA / f"synthetic-{config.synthetic_images}"
+        with bar("drawing synthetic lesions", config.synthetic_images, "image") as shown:
+            write_synthetic_dataset(root, config.synthetic_images, progress=shown.update)
+        return Source("synthetic", *isic_folders(root), True)
     if config.download:
         download_isic(DATA / "ISIC2018")
     if config.images is not None:
         images, masks = Path(config.images), Path(config.masks or "")
-        return config, Source(images.resolve().name.lower(), images, masks, False)
-    if config.data is not None or (DATA / "ISIC2018").exists():
-        root = Path(config.data or DATA / "ISIC2018")
-        return config, Source(root.resolve().name.lower(), *isic_folders(root), False)
-    config = config.with_preset(QUICK)
-    say(SYNTHETIC_BANNER)
-    root = DATA / f"synthetic-{config.synthetic_images}"
-    with bar("drawing synthetic lesions", config.synthetic_images, "image") as shown:
-        write_synthetic_dataset(root, config.synthetic_images, progress=shown.update)
-    return config, Source("synthetic", *isic_folders(root), True)
+        return Source(images.resolve().name.lower(), images, masks, False)
+    root = Path(config.data or DATA / "ISIC2018")
+    return Source(root.resolve().name.lower(), *isic_folders(root), False)
 
 
 def prepare_data(config: Config, source: Source, group: Processes) -> tuple[DecodedPairs, Split]:
@@ -313,7 +321,7 @@ def train_model(
             config, pairs, split.train, split.validation, group, results, identity, progress,
             before_epoch=partial(unfinish, results),
         )
-    stage("training", f"best validation Dice {number(result.best_dice)} in {len(result.log)} epochs")
+    stage("training", f"best validation Dice {number(result.best_dice)}, epochs trained: {len(result.log)}")
     return result.model
 
 

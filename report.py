@@ -20,6 +20,11 @@ from gallery import RULES
 from storage import UserError, printable, whole_file
 
 FEW_IMAGES = 50
+LOW_DICE = 0.7
+REGION_NAMES = {
+    "foreground": "inside the true lesions", "predicted_foreground": "inside the predicted lesions",
+    "union": "inside either", "whole_image": "whole images",
+}
 
 MEASURES = {
     "ece": "expected calibration error (ECE)",
@@ -37,7 +42,7 @@ SIGNED_MEASURES = ("signed_gap",)
 
 GALLERY_TEXTS = {
     "random": "Drawn by chance, so that they show the ordinary case.",
-    "best": "The best segmentations. Look whether what uncertainty is left lies where the outlines part.",
+    "best": "The best segmentations. See whether what uncertainty is left lies where the outlines part.",
     "worst": "The worst segmentations. A useful uncertainty is high where the error map is coloured.",
     "uncertain": "The images about which the fused score is least certain, on average over all their pixels.",
     "complex": "The most complex outlines: perimeter squared over 4π times the area of the truth, about 1 for a disc.",
@@ -172,6 +177,11 @@ def warnings(run: SavedRun, quote: Quotes) -> list[Text]:
         found.append(["About the images: ", quote("data_note", str)])
     if metrics["test"]["images"] < FEW_IMAGES:
         found.append(["Only ", quote("test.images", count), " test images: the intervals are rough."])
+    if metrics["validation"]["images"] < FEW_IMAGES:
+        found.append(["Only ", quote("validation.images", count), " validation images, on which λ and the scales of the scores "
+                      "rest."])
+    if is_number(metrics["test"]["dice"]) and metrics["test"]["dice"] < LOW_DICE:
+        found.append(["The network segments badly (test Dice ", quote("test.dice"), "): its uncertainty means little."])
     for part in ("validation", "test"):
         if metrics[part]["images_without_foreground"]:
             found.append([quote(f"{part}.images_without_foreground", count), " of ", quote(f"{part}.images", count),
@@ -263,8 +273,8 @@ def _figures(run: SavedRun, quote: Quotes) -> list[Block]:
         "dice_uncertainty": (
             "Dice and uncertainty of the images",
             f"Three scatter plots of Dice against the mean uncertainty of each test image. Spearman correlation: {ranks}.",
-            ["How to read it: a point is a test image. If uncertainty tells bad segmentations, the points fall from the upper "
-             "left to the lower right, and the Spearman correlation is negative. Below the dotted line (Dice ",
+            ["How to read it: a point is a test image. If uncertainty tells bad from good segmentations, the points fall from "
+             "the upper left to the lower right, and the Spearman correlation is negative. Below the dotted line (Dice ",
              quote("test.ranking_of_images.bad_dice_below", "{:g}".format), ") lie ",
              quote("test.ranking_of_images.bad_images", count), " images. The scales of the three panels differ."],
         ),
@@ -311,16 +321,20 @@ def _galleries(run: SavedRun) -> list[Block]:
 
 
 def _measures(quote: Quotes) -> list[Block]:
-    base = "test.regions.foreground.scores"
-    rows = [
-        [name, *(quote.estimate(f"{base}.{score}.{measure}", measure in SIGNED_MEASURES) for score in HEADLINE)]
-        for measure, name in MEASURES.items() if measure in quote.get(f"{base}.fused")
-    ]
-    return [
-        Heading(2, "All foreground measures", "measures"),
-        Table("Test set, inside the true lesions, with 95 % intervals; lower is better where nothing else is said",
-              ("measure", *(SCORE_NAMES[score] for score in HEADLINE)), rows),
-    ]
+    """A table of every measure for each region."""
+    blocks: list[Block] = [Heading(2, "All measures", "measures")]
+    for region, words in REGION_NAMES.items():
+        base = f"test.regions.{region}.scores"
+        rows = [
+            [name, *(quote.estimate(f"{base}.{score}.{measure}", measure in SIGNED_MEASURES) for score in HEADLINE)]
+            for measure, name in MEASURES.items() if measure in quote.get(f"{base}.fused")
+        ]
+        blocks += [
+            Heading(3, words[0].upper() + words[1:]),
+            Table(f"Test set, {words}, with 95 % intervals; lower is better where nothing else is said",
+                  ("measure", *(SCORE_NAMES[score] for score in HEADLINE)), rows),
+        ]
+    return blocks
 
 
 def _study(quote: Quotes) -> list[Block]:
@@ -373,7 +387,7 @@ def _setup(run: SavedRun, quote: Quotes) -> list[Block]:
     environment = [["device", f"{record.get('device', '')} ({record.get('device_name', '')})"],
                    *([name, version] for name, version in record.get("versions", {}).items())]
     if "minutes" in run.metrics:
-        environment.append(["time of the last command", duration(60 * run.metrics["minutes"])])
+        environment.append(["time until the figures", duration(60 * run.metrics["minutes"])])
     command = shlex.join(["python", *map(str, record.get("command", ["main.py"]))])
     return [
         Heading(2, "How it was made", "setup"),

@@ -518,10 +518,15 @@ def write_picture(path: Path, pixels: np.ndarray, **options) -> None:
         stream.write(encoded.getvalue())
 
 
+def pair_paths(index: int, root: str | Path) -> tuple[Path, Path]:
+    """Where picture and mask `index` lie below `root`."""
+    name = f"ISIC_{FIRST_NUMBER + index:07d}"
+    return Path(root, IMAGE_FOLDER, f"{name}.jpg"), Path(root, MASK_FOLDER, f"{name}_segmentation.png")
+
+
 def write_pair(index: int, root: str, seed: int) -> None:
     """Write picture and mask `index` below `root`; files already there are left alone."""
-    name = f"ISIC_{FIRST_NUMBER + index:07d}"
-    image_path, mask_path = Path(root, IMAGE_FOLDER, f"{name}.jpg"), Path(root, MASK_FOLDER, f"{name}_segmentation.png")
+    image_path, mask_path = pair_paths(index, root)
     if image_path.exists() and mask_path.exists():
         return
     lesion = render_lesion(index, seed)
@@ -560,8 +565,9 @@ def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2
         except OSError as error:
             raise UserError(f"cannot make {Path(root, folder)}: {error.strerror or error}; run where you may write") from error
         remove_partials(Path(root, folder))
+    drawn = all(path.exists() for index in range(count) for path in pair_paths(index, root))
     write, notify = partial(write_pair, root=str(root), seed=seed), progress or (lambda: None)
-    if processes == 1:
+    if processes == 1 or drawn:  # no process is worth starting to look at what is there
         for index in range(count):
             write(index)
             notify()

@@ -110,7 +110,7 @@ def result_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
     return "\n".join(lines)
 
 
-def show_result(metrics: Mapping[str, Any], results: Path, source: str) -> None:
+def show_result(metrics: Mapping[str, Any], results: Path, source: str, seconds: float) -> None:
     """Print the end of a run: segmentation, table, verdict, the synthetic warning, and the paths to open.
 
     With JSON wanted, standard output receives the content of ``metrics.json`` and nothing else; the table
@@ -143,4 +143,6 @@ def show_result(metrics: Mapping[str, Any], results: Path, source: str) -> None:
     ):
         print(f"{name:<12} {results / path}")
     print(f"{'any case':<12} python visualize.py --run {results}")
-    print(f"{'time':<12} {duration(60 * metrics['minutes'])}")
+    if "study" in metrics:
+        print(f"{'study':<12} every rule and normalisation: report.html, 'Beyond the paper's fusion'")
+    print(f"{'time':<12} {duration(seconds)}")

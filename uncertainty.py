@@ -353,7 +353,7 @@ class _Accumulator:
 def _binary_logits(output: Tensor | dict[str, Tensor]) -> Tensor:
     logits = output["out"] if isinstance(output, dict) else output
     if logits.dim() != 4 or logits.shape[1] != 1:
-        raise ValueError(f"the model must return logits (B, 1, H, W), not {tuple(logits.shape)}")
+        raise ValueError(f"the model must return logits (B, 1, H, W), not {tuple(logits.shape)}; to_logits can make them")
     return logits
 
 

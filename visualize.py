@@ -272,14 +272,25 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
     device = resolve_device(args.device)
     if args.image is not None:
         pair, image, id, how = None, args.image, args.image.stem, f"--image {args.image}"
+        try:
+            read_image(image)
+        except UserError as error:  # its advice is about pairs
+            raise UserError(f"{str(error).rsplit('; ', 1)[0]}; give --image another file") from error
     else:
         pairs = run_pairs(record)
         seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
         id, how = (args.id, f"--id {args.id}") if args.id else (pick(record["split"]["test"], seed), f"--seed {seed}")
         if id not in pairs:
-            raise UserError(f"there is no image {id} in {record['images']}; give --id one of that folder")
+            left_out = [entry["reason"] for entry in record.get("skipped", ()) if entry["id"] == id]
+            raise UserError(
+                f"image {id} was left out of the run: {left_out[0]}" if left_out
+                else f"there is no image {id} in {record['images']}; give --id one of that folder"
+            )
         pair, image = pairs[id], pairs[id].image
     case, config, metrics = compute_case(folder, pair, image, id, device)
+    if args.image is None and id not in record["split"]["test"]:  # its Dice is no test result
+        part = next((name for name, ids in record["split"].items() if id in ids), "unused")
+        case = case._replace(detail={"train": "training"}.get(part, part) + " image")
     shown = how if args.image is None else args.image.name
     options = labels(SavedRun(folder, metrics, record, (), ()), f"{shown}, dropout seed {config.seed}")
     if args.image is not None:  # the run's labels are about its own images
@@ -289,7 +300,7 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
     if args.overlay:
         truth = None if pair is None else read_mask(pair.mask)
         figure = overlay_figure(case, read_image(image), truth, args.overlay, metrics["normalisation"], **options)
-        name = f"overlay_{id}.png"
+        name = f"overlay_{args.overlay}_{id}.png"
     else:
         figure, name = case_figure([case], metrics["normalisation"], **options), f"case_{id}.png"
     path = save_figure(figure, args.output or folder / "figures" / name)

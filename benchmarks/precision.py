@@ -4,7 +4,7 @@ The same trained network, images, masks and dropout seeds in each precision.
 ``--precision auto`` may take a precision only if every ECE changes by less
 than 1e-3 and the variance maps correlate above 0.999 with fp32's.
 
-    python benchmarks/precision.py results/weights/best_model.pth --images FOLDER --masks FOLDER
+    python benchmarks/precision.py results/isic2018/weights/best_model.pth --images FOLDER --masks FOLDER
 
 The first third of the images gives the normalisation and lambda, the rest the
 ECEs.

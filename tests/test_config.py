@@ -36,7 +36,7 @@ def test_quick_is_a_preset_that_gives_way_to_flags():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--passes", "0"], "--passes must be at least 1, not 0"),
+        (["--passes", "1"], "--passes must be at least 2, not 1"),
         (["--image-size", "100"], "--image-size must be a multiple of 16, not 100"),
         (["--dropout", "1"], "--dropout must be less than 1"),
         (["--dropout", "0"], "--dropout must be greater than 0"),

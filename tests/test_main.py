@@ -140,14 +140,17 @@ def test_the_script_itself(finished, tiny, tmp_path):
         assert (tmp_path / "run" / path.relative_to(finished)).read_bytes() == path.read_bytes()
     assert "<" in err  # progress bars with the time that remains
     running = process("--passes", "0", cwd=tmp_path)
-    assert running.communicate(timeout=300)[1] == "error: --passes must be at least 1, not 0\n"
+    assert running.communicate(timeout=300)[1] == "error: --passes must be at least 2, not 0\n"
     assert running.returncode == 2
 
 
 def test_without_data_the_run_is_synthetic_and_says_so_everywhere(tmp_path):
-    outcome = command("--synthetic-images", 24, *TINY_FLAGS, cwd=tmp_path)
+    paper = ("--schedule", "constant")  # said, and therefore kept, though it is the default that the preset replaces
+    outcome = command("--synthetic-images", 24, *TINY_FLAGS[1:], *paper, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert "SYNTHETIC LESIONS" in outcome.stdout.split("training")[0]
+    used = json.loads((tmp_path / "results" / "synthetic" / "config.json").read_text())["configuration"]
+    assert (used["lr"], used["schedule"], used["image_size"]) == (1e-3, "constant", 32)
     run = tmp_path / "results" / "synthetic"
     assert json.loads((run / "metrics.json").read_text())["synthetic"] is True
     assert json.loads((run / "config.json").read_text())["synthetic"] is True
@@ -221,7 +224,7 @@ def _is_one_line(outcome, message: str) -> None:
     [
         (("--data", "nowhere"), "nowhere does not exist"),
         (("--images", "nowhere", "--masks", "nowhere"), "folder nowhere does not exist"),
-        (("--passes", "0"), "--passes must be at least 1"),
+        (("--passes", "0"), "--passes must be at least 2"),
         (("--device", "cuda:7"), "CUDA device"),
         (("--device", "tpu"), "--device must be"),
         (("--results", "file/below"), "cannot write to file/below"),

@@ -141,15 +141,18 @@ def test_warnings_name_what_limits_the_numbers(run):
     metrics = json.loads(json.dumps(run.metrics))
     metrics["test"].update(images_without_foreground=2, empty_cams=7, precision_fallbacks=3,
                            clipped_pixels={"pred_variance": 14, "saliency_variance": 1024})
+    metrics["test"]["dice"] = 0.51
     metrics["skipped"] = [{"id": "x <b>", "reason": "no mask"}]
     said = page(changed(run, **metrics)).text
     for part in ("synthetic lesions, drawn", "tiny discs", "2 of 6 test images have no lesion", "7 of 180 Grad-CAM",
                  "3 test images overflowed", "14 pixels of the predictive and 1,024 of the saliency", "Only 6 test images",
+                 "Only 4 validation images", "segments badly (test Dice 0.5100)",
                  "Pairs left out, 1 in all: x <b> (no mask).", "image size 32 (paper: 256)"):
         assert part in said, part
     metrics["test"].update(images_without_foreground=0, empty_cams=0, precision_fallbacks=0, images=519,
                            clipped_pixels={"pred_variance": 0, "saliency_variance": 0})
-    metrics["validation"].update(empty_cams=0, images_without_foreground=0)
+    metrics["validation"].update(empty_cams=0, images_without_foreground=0, images=260)
+    metrics["test"]["dice"] = 0.87
     metrics.update({"synthetic": False, "data_note": None, "lambda": 0.5, "skipped": []})
     configuration = {**run.record["configuration"], "image_size": 256}
     clean = changed(run._replace(record={**run.record, "configuration": configuration}), **metrics)

@@ -44,8 +44,8 @@ def axes() -> tuple[Figure, object]:
 
 
 def test_numbers_have_one_rounding_and_undefined_ones_a_word():
-    assert (number(0.12345), signed(0.00004), signed(-0.5), number(None), number(math.nan)) == (
-        "0.1235", "+0.0000", "-0.5000", MISSING, MISSING)
+    assert (number(0.12345), signed(0.00004), signed(0.0), signed(-0.5), number(None), number(math.nan)) == (
+        "0.1235", "+4e-05", "+0.0000", "-0.5000", MISSING, MISSING)
     assert (span([0.1, 0.25]), signed_span([-0.1, 0.25]), span([None, 1])) == ("0.1000 to 0.2500", "-0.1000 to +0.2500", MISSING)
     assert (percent(0.7391), duration(119.96), duration(120)) == ("73.9 %", "120.0 s", "2.0 min")
 
@@ -399,6 +399,18 @@ def test_flags_that_do_not_go_together_are_one_line(saved, tmp_path, flags, mess
     assert outcome.returncode == 2
     assert message in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_a_training_image_is_called_one(finished, tmp_path):
+    split = json.loads((finished / "config.json").read_text())["split"]
+    said = {}
+    for part in ("train", "validation", "test"):
+        outcome = command("--run", finished, "--id", split[part][0], "--output", "c.png", script="visualize.py", cwd=tmp_path)
+        assert outcome.returncode == 0, outcome.stderr
+        said[part] = outcome.stdout.splitlines()[0]
+    assert said["train"].endswith("training image")
+    assert said["validation"].endswith("validation image")
+    assert not said["test"].endswith("image")
 
 
 def test_the_overlay_command(finished, tmp_path):
