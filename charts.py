@@ -165,7 +165,7 @@ def draw_lambda_curve(
     low, high = _intervals(bands).T
     ax.fill_between(lambdas, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(lambdas, _floats(errors), marker=mark, linestyle=dashes, markersize=4, color=colour, label=part)
-    ax.set(xlim=(-0.03, 1.03), ylabel="foreground ECE")
+    ax.set(xlim=(-0.05, 1.05), ylabel="foreground ECE")
     return ax
 
 
