@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import time
@@ -225,7 +226,10 @@ def train(
     model = with_group_batch_norm(model, group)
     network: nn.Module = torch.compile(model) if config.compile else model
     if group.world > 1:
-        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel
+        known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
+        every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        network = parallel(network, **{every_forward: False})  # the buffers are those of the global batch already
     progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
     order = EpochBatches(len(train_ids), config.batch_size, config.seed, group.rank, group.world)
     sizes = [order.size(step) for step in range(len(order))]

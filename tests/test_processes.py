@@ -47,6 +47,7 @@ def runs(tiny, tmp_path_factory):
     out, err = together.communicate(timeout=300)
     assert together.returncode == 0, err
     assert out.count("metrics  ") == 1  # one process prints
+    assert "FutureWarning" not in err
     return folder / "one", folder / "two"
 
 
