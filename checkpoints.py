@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import UNet
-from storage import UserError, check_stored, whole_file
+from storage import UserError, check_stored, fingerprint, read_json, read_sealed, whole_file
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -126,6 +126,44 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
 def save_best(path: Path, content: Mapping[str, Any], done: Mapping[str, Any]) -> None:
     best = {key: content[key] for key in ("model", "options", "identity")}
     save_checkpoint(path, {**best, "epoch": done["best_epoch"], "validation_dice": done["best"]})
+
+
+def finished_weights(source: Path, decides: Mapping[str, Any], free: Collection[str]) -> str:
+    """The fingerprint of the weights of a finished run that another run wants to take.
+
+    Args:
+        source: results folder of the finished run.
+        decides: the settings and the data of the other run.
+        free: those of them in which the two may differ.
+
+    Raises:
+        UserError: there is no finished run, its weights are not those it was
+            evaluated with, or it was trained in another way or on other data.
+    """
+    metrics, record = read_sealed(source / "metrics.json"), read_json(source / "config.json")
+    best = source / "weights" / "best_model.pth"
+    weights = state_fingerprint(load_checkpoint(best)["model"])
+    if metrics.get("identity") != fingerprint([record.get("identity"), weights]):
+        raise UserError(f"{best} does not hold the weights that {source / 'metrics.json'} is about; finish that run first")
+    before = record.get("decides", {})
+    changed = [
+        f"{key} is {before.get(key)!r} there and {decides.get(key)!r} here"
+        for key in sorted({*before, *decides} - {*free, "weights"}) if before.get(key) != decides.get(key)
+    ]
+    if changed:
+        raise UserError(f"{source} was trained otherwise: {'; '.join(changed)}; give the same, or leave --weights-from out")
+    return weights
+
+
+def copy_weights(source: Path, results: Path) -> None:
+    """Copy the best weights and the training log of one results folder into another."""
+    for name in ("weights/best_model.pth", "training_log.csv"):
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {source / name}: {error.strerror or error}") from error
+        with whole_file(results / name) as stream:
+            stream.write(content)
 
 
 def resumable_state(state_path: Path, best_path: Path, identity: str) -> dict[str, Any] | None:

@@ -29,8 +29,10 @@ def _flag(text: str, group: str) -> Any:
 # The fields that change neither weights nor maps: a results folder may be used again with others.
 NEUTRAL_FIELDS = (
     "results", "data", "images", "masks", "cache", "download", "workers", "device", "fresh", "quick", "skip_bad",
-    "resamples", "study", "data_note", "quiet", "json",
+    "resamples", "study", "data_note", "quiet", "json", "weights_from",
 )
+# The fields that act after training: runs that differ in these alone can share weights.
+AFTER_TRAINING = ("passes", "target_layer", "precision", "cam_scale", "bins", "lambda_steps")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Config:
     amp: str = _option("auto", "precision of training; auto: bf16 where it is native", "training", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = _flag("compile the network for training (torch.compile)", "training")
     augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
+    weights_from: str | None = _option(None, "results folder of a finished run whose weights to take instead of training", "training")
     workers: int = _option(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
     passes: int = _option(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)

@@ -28,8 +28,8 @@ import torch
 import evaluation
 import terminal
 from charts import SavedRun, read_table
-from checkpoints import weights_fingerprint
-from config import SYNTHETIC, Config, parse_config
+from checkpoints import copy_weights, finished_weights, load_model, weights_fingerprint
+from config import AFTER_TRAINING, SYNTHETIC, Config, parse_config
 from counters import Counters, count_scores, merge
 from dataset import BadPair, DecodedPairs, Split, decode_pairs, find_pairs, isic_folders, leave_out, limit_pairs, split_ids
 from download import download_isic
@@ -245,6 +245,8 @@ def claim_results(
         **config.experiment(), "amp": str(training_precision(config.amp, device)),
         "data": pairs.fingerprint(), "skipped": [entry.id for entry in pairs.skipped],
     }
+    if config.weights_from is not None:
+        decides["weights"] = finished_weights(Path(config.weights_from), decides, AFTER_TRAINING)
     record = {
         "configuration": config.to_dict(),
         "identity": fingerprint(decides),
@@ -310,7 +312,11 @@ def versions() -> dict[str, str]:
 def train_model(
     config: Config, pairs: DecodedPairs, split: Split, group: Processes, results: Path, identity: str
 ) -> UNet:
-    """Train, or reuse the weights that this very configuration made from these very data."""
+    """Train, or take the weights that this very configuration made from these very data, or those of a named run."""
+    if config.weights_from is not None:
+        group.shared(lambda: copy_weights(Path(config.weights_from), results))
+        stage("training", f"none; the weights are those of {config.weights_from}")
+        return group.shared(lambda: load_model(results / "weights" / "best_model.pth", torch.device("cpu"))).to(group.device)
     with bar("training", config.epochs * len(split.train), "image") as shown:
 
         def progress(count: int, note: str) -> None:

@@ -25,6 +25,7 @@ from calibration import (
     verdict,
 )
 from counters import Counters, Rows, checked_maps, pieces
+from error_trees import count_error_trees
 from fusion import (
     NORMALISATIONS,
     PREDICTIVE,
@@ -261,18 +262,34 @@ def added_value(models: ErrorModels, test: Counters, resamples=10_000, seed=42) 
 
     Saliency adds something where the log loss falls or the AUROC rises.
     """
-    arrays = {
-        "model_log_loss": test.images["model_log_loss"],
-        "model_pixels": test.images["model_pixels"],
-        "model_cells": test.images["model_cells"].astype(np.float32),
-    }
+    arrays = {name: test.images[name] for name in ("model_log_loss", "model_pixels", "model_cells")}
+    fine = test.pooled["model_fine"]
+    result = compare_models(test.scores, arrays, ranking.auroc(fine[:, 0], fine[:, 1]), resamples, seed)
+    for (region, model), coefficients in models.coefficients.items():
+        result[region]["models"][model]["coefficients"] = list(coefficients)
+    return result
+
+
+def added_value_of_trees(validation, test, resamples=10_000, seed=42) -> dict:
+    """As :func:`added_value`, of boosted trees instead of logistic models; see :mod:`error_trees`."""
+    return compare_models(*count_error_trees(validation, test, seed=seed), resamples, seed)
+
+
+def compare_models(names: tuple, arrays: dict, exact_auroc: np.ndarray, resamples: int, seed: int) -> dict:
+    """Log loss and AUROC of every model in every region, and the paired differences of `PAIRS`.
+
+    Args:
+        names: "region/model" of each of S models, with every region and every model of `MODELS`.
+        arrays: per image `model_log_loss` (I, S) in nats, `model_pixels` (I, S, 2: correct, wrong) and
+            `model_cells` (I, S, 2, Q), pixels in ascending cells of the predicted probability.
+        exact_auroc: (S,); the resamples from the cells are shifted by what it differs from theirs.
+    """
+    arrays = {**arrays, "model_cells": arrays["model_cells"].astype(np.float32)}
     point = _model_statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
     samples = bootstrap(arrays, _model_statistics, resamples, seed, chunk=64)
-    fine = test.pooled["model_fine"]
-    exact = ranking.auroc(fine[:, 0], fine[:, 1])
-    samples["auroc"] += exact - point["auroc"]
-    point["auroc"] = exact
-    position = {name: index for index, name in enumerate(test.scores)}
+    samples["auroc"] += exact_auroc - point["auroc"]
+    point["auroc"] = exact_auroc
+    position = {name: index for index, name in enumerate(names)}
     result = {}
     for region in REGIONS:
         result[region] = {"models": {}, "difference": {}}
@@ -281,7 +298,6 @@ def added_value(models: ErrorModels, test: Counters, resamples=10_000, seed=42) 
             result[region]["models"][model] = {
                 measure: {"value": point[measure][index], "interval": interval(samples[measure][:, index])} for measure in point
             }
-            result[region]["models"][model]["coefficients"] = models.coefficients[region, model]
         for first, second in PAIRS:
             entry = {}
             for measure, sign in (("log_loss", 1.0), ("auroc", -1.0)):
@@ -303,7 +319,7 @@ def _model_statistics(summed: dict) -> dict:
 
 
 def run_study(validation, test, *, bins=15, lambdas=11, resamples=10_000, seed=42) -> dict:
-    """Both tables: ``{"rules": [...], "added_value": {...}}``. Seven passes over validation, two over test."""
+    """Three tables: "rules" (a list), "added_value" and "added_value_of_trees". Eight passes over validation, three over test."""
     found = distributions(validation)
     candidates = candidate_fusions(validation, found, lambda_grid(lambdas))
     counted = [count_fusions(split, candidates, bins) for split in (validation, test)]
@@ -312,4 +328,5 @@ def run_study(validation, test, *, bins=15, lambdas=11, resamples=10_000, seed=4
     return {
         "rules": fusion_table(candidates, *counted, resamples=resamples, seed=seed),
         "added_value": added_value(models, count_error_models(test, models, edges), resamples, seed),
+        "added_value_of_trees": added_value_of_trees(validation, test, resamples, seed),
     }

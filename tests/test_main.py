@@ -131,6 +131,48 @@ def test_another_configuration_is_refused_with_the_difference_named(copied, tiny
     assert json.loads((copied / "config.json").read_text())["configuration"]["passes"] == 4
 
 
+def test_weights_of_another_run_give_what_training_them_again_would(finished, tiny, tmp_path):
+    shared = ("--data", tiny, "--cache", finished.parent / "cache", *TINY_FLAGS, "--passes", 4)
+    taken = command(*shared, "--results", tmp_path / "taken", "--weights-from", finished, cwd=tmp_path)
+    assert taken.returncode == 0, taken.stderr
+    assert "none; the weights are those of" in taken.stdout
+    trained = command(*shared, "--results", tmp_path / "trained", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    first, second = (_numbers(tmp_path / name) for name in ("taken", "trained"))
+    assert first["test"] == second["test"] and first["lambda"] == second["lambda"]
+    assert first["test"] != _numbers(finished)["test"]
+    drawn = command("--run", tmp_path / "taken", "--seed", 1, cwd=tmp_path, script="visualize.py")
+    assert drawn.returncode == 0, drawn.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "spoil", "message"),
+    [
+        (("--dropout", 0.4), None, "trained otherwise: dropout is 0.2 there and 0.4 here"),
+        (("--seed", 1), None, "seed is 42 there and 1 here"),
+        (("--limit", 20), None, "data is"),
+        ((), "metrics.json", "cannot read"),
+        ((), "weights/best_model.pth", "there is no checkpoint"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(copied, tiny, tmp_path, flags, spoil, message):
+    if spoil:
+        (copied / spoil).unlink()
+    outcome = command("--data", tiny, "--cache", tmp_path / "cache", *TINY_FLAGS, "--weights-from", copied,
+                      "--results", tmp_path / "other", *flags, cwd=tmp_path)
+    assert outcome.returncode == 2 and message in outcome.stderr.splitlines()[-1]
+    assert not (tmp_path / "other" / "weights").exists()
+
+
+def test_taken_weights_are_part_of_what_a_run_is(copied, tiny, tmp_path):
+    flags = ("--data", tiny, "--cache", tmp_path / "cache", *TINY_FLAGS, "--results", tmp_path / "other")
+    for _ in range(2):
+        outcome = command(*flags, "--weights-from", copied, cwd=tmp_path)
+        assert outcome.returncode == 0, outcome.stderr
+    outcome = command(*flags, cwd=tmp_path)
+    assert outcome.returncode == 2 and "weights was" in outcome.stderr
+
+
 def test_the_script_itself(finished, tiny, tmp_path):
     running = process("--data", tiny, "--results", tmp_path / "run", "--cache", tmp_path / "cache", *TINY_FLAGS, cwd=tmp_path)
     out, err = running.communicate(timeout=300)
