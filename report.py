@@ -361,8 +361,8 @@ def _study(quote: Quotes) -> list[Block]:
             "Models fitted on validation predict whether a pixel is wrong from the mean prediction and the predictive variance, "
             "without and with the saliency variance: logistic ones of second order, and boosted trees, which have no form of "
             "their own. Saliency adds something where the log loss falls or the AUROC rises. Inside the true lesions an error is "
-            "a pixel that was predicted background, so that whatever tells the predicted label seems to find errors: a gain there "
-            "by models that do not know this label says nothing, and those that know it cannot gain."),
+            "a pixel that was predicted background, so that whatever tells the predicted label seems to find errors: a gain "
+            "there by models that do not know this label says nothing, and those that know it cannot gain."),
         *(_added_value(quote, key, words) for key, words in (
             ("added_value", "Logistic models"), ("added_value_of_trees", "Boosted trees"))),
     ]
