@@ -5,17 +5,18 @@
 #   SIZE=paper benchmarks/study.sh DATA [NOTE]   the paper's configuration: for a GPU
 #
 # DATA is a folder in the ISIC 2018 Task 1 layout. NOTE is what a reader must know about the images; it is written on
-# every figure. Runs lie in results/study (or $RESULTS), the numbers and the document in docs (or $DOCS).
+# every figure. Runs lie in results/study-cpu or results/study-paper (or $RESULTS), the numbers and the document in docs (or $DOCS).
 # Stopped at any time, the same command goes on from there; what is finished is not made again.
 set -euo pipefail
 data=$(realpath "${1:?usage: benchmarks/study.sh DATA [NOTE]}")
 note=${2:-}
 cd "$(dirname "$0")/.."
-results=${RESULTS:-results/study}
-case ${SIZE:-cpu} in
+size_name=${SIZE:-cpu}
+results=${RESULTS:-results/study-$size_name}
+case $size_name in
   cpu) size=(--width 16 --image-size 192 --epochs 20 --lr 1e-3 --schedule cosine) ;;
   paper) size=() ;;
-  *) echo "SIZE must be cpu or paper, not $SIZE" >&2; exit 2 ;;
+  *) echo "SIZE must be cpu or paper, not $size_name" >&2; exit 2 ;;
 esac
 small=(--quick --epochs 8)
 
