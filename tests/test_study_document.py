@@ -1,0 +1,126 @@
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import study_document as document  # noqa: E402
+
+from formats import number, percent, signed  # noqa: E402
+from storage import UserError, read_json, read_sealed, seal, write_json  # noqa: E402
+
+DOCS = ROOT / "docs"
+TEMPLATE = DOCS / "study" / "STUDY.template.md"
+NAMES = (*document.SEEDS, *document.ABLATIONS)
+# settings of the experiment, which the text may name
+SETTINGS = {"0.1", "0.2", "0.3", "0.5"}
+
+
+@pytest.fixture(scope="module")
+def committed():
+    if not (DOCS / "STUDY.md").exists():
+        pytest.skip("the study has not been run yet")
+    return document.read_all(DOCS)
+
+
+@pytest.fixture
+def runs(saved, tmp_path):
+    """Results folders of all the runs of the study, from one of constructed maps."""
+    metrics = read_sealed(saved / "metrics.json")
+    del metrics["checksum"]
+    record = {**read_json(saved / "config.json"), "decides": {"data": "the images", "passes": 30}}
+    for index, name in enumerate(NAMES):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        for file in ("per_image.csv", "training_log.csv"):
+            shutil.copy(saved / file, folder)
+        write_json(folder / "config.json", record)
+        write_json(folder / "metrics.json", seal({**metrics, "lambda": index / 100}))
+    (tmp_path / "docs" / "study").mkdir(parents=True)
+    return tmp_path / "runs"
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+def test_the_document_is_what_the_committed_numbers_say(committed):
+    text = (DOCS / "STUDY.md").read_text(encoding="utf-8")
+    assert text == document.render(TEMPLATE.read_text(encoding="utf-8"), committed)
+    assert "{{" not in text and "not defined" not in text
+
+
+def test_every_number_of_the_document_is_found_in_the_metrics(committed):
+    # independent of how the document is made: every decimal is the rounding of some number of some run
+    values = [value for run in committed.values() for value in leaves(run)]
+    known = {shown(value).lstrip("+-") for value in values for shown in (number, percent, signed, "{:g}".format)} | SETTINGS
+    text = re.sub(r"`[^`\n]*`|```.*?```|\]\([^)]*\)", "", (DOCS / "STUDY.md").read_text(encoding="utf-8"), flags=re.S)
+    quoted = re.findall(r"\d+\.\d+(?: %)?", text)
+    assert len(quoted) > 500
+    assert [one for one in quoted if one not in known] == []
+
+
+def test_the_template_has_no_result_typed_by_hand():
+    text = document.PLACEHOLDER.sub("", TEMPLATE.read_text(encoding="utf-8"))
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert set(re.findall(r"\d+\.\d+", text)) <= SETTINGS
+
+
+def test_the_committed_numbers_are_of_one_study_and_small(committed):
+    assert set(committed) == set(NAMES)
+    assert len({run["settings"]["data"] for run in committed.values()}) == 1
+    assert len({run["settings"]["split_seed"] for run in committed.values()}) == 1
+    assert [committed[name]["settings"]["seed"] for name in document.SEEDS] == [42, 43, 44]
+    for run in committed.values():
+        assert run["validation"]["images"] == 260 and run["test"]["images"] == 519 and run["synthetic"] is False
+    assert sum(path.stat().st_size for path in (DOCS / "study").iterdir()) < 3 * 2**20
+    assert not re.search(r"/(work|home|root|tmp)/", "".join(path.read_text() for path in (DOCS / "study").glob("*.json")))
+
+
+def test_numbers_are_collected_and_quoted(runs):
+    docs = runs.parent / "docs"
+    document.collect_all(runs, docs)
+    found = document.read_all(docs)
+    metrics = read_sealed(runs / "seed-43" / "metrics.json")
+    exact = metrics["test"]["foreground_ece"]["fused"]
+    assert found["seed-43"]["test"]["foreground_ece"]["fused"] == float(f"{exact:.6g}")
+    region = found["seed-43"]["test"]["regions"]["foreground"]
+    score = region["scores"]["saliency_variance"]
+    table = metrics["test"]["regions"]["foreground"]["scores"]["saliency_variance"]["reliability"]
+    mean = sum(n * c for n, c in zip(table["count"], table["confidence"]) if n) / sum(table["count"])
+    assert score["mean_confidence"] == pytest.approx(mean, abs=1e-5)
+    assert "reliability" not in found["passes-5"]["test"]["regions"]["foreground"]["scores"]["fused"]
+    text = document.render(
+        "{{seed-43: test.foreground_ece.fused | number}} and {{seeds: lambda|short}} and {{ passes-5 : lambda | short }}", found
+    )
+    assert text == f"{exact:.4f} and 0, 0.01, 0.02 and 0.07"
+    for name in document.TABLES:
+        rows = document.render(f"{{{{table: {name}}}}}", found).splitlines()
+        assert len(rows) >= 6 and len({line.count("|") for line in rows[2:]}) == 1
+    document.draw_figures(found, docs)
+    assert len(list((docs / "study").glob("*.png"))) == 5
+
+
+def test_runs_of_different_images_do_not_go_together(runs):
+    record = json.loads((runs / "passes-10" / "config.json").read_text())
+    write_json(runs / "passes-10" / "config.json", {**record, "decides": {"data": "other images"}})
+    with pytest.raises(UserError, match="are of different images"):
+        document.collect_all(runs, runs.parent / "docs")
+
+
+def test_a_reference_to_nothing_fails(runs):
+    document.collect_all(runs, runs.parent / "docs")
+    with pytest.raises(KeyError):
+        document.render("{{seed-42: test.no_such_number | number}}", document.read_all(runs.parent / "docs"))
