@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,3 +295,37 @@ def test_ranking_of_images_uses_the_rows(found):
     expected = spearmanr(mean, dice)[0]
     assert ranking["whole_image"]["fused"]["spearman_with_dice"]["value"] == pytest.approx(expected)
     assert ranking["bad_images"] == sum(value < 0.8 for value in dice)
+
+
+class _Backbone(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer4 = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+
+class _OtherModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = _Backbone()
+        self.drop, self.last = torch.nn.Dropout2d(0.4), torch.nn.Conv2d(4, 1, 1)
+
+    def forward(self, images):
+        return self.last(self.drop(self.backbone.layer4(images).relu()))
+
+
+def test_the_readme_says_how_another_model_gets_a_verdict():
+    from uncertainty import uncertainty_maps
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "from evaluation import" in block]
+    torch.manual_seed(0)
+
+    def loader(prefix, count):
+        return [([f"{prefix}{index}a", f"{prefix}{index}b"], torch.randn(2, 3, 16, 16),
+                 (torch.rand(2, 16, 16) > 0.4).to(torch.uint8)) for index in range(count)]
+
+    names = {"model": _OtherModel(), "uncertainty_maps": uncertainty_maps, "validation": loader("v", 3), "test": loader("t", 4)}
+    exec(code, names)  # noqa: S102
+    metrics = names["result"].metrics
+    assert metrics["test"]["images"] == 8 and "foreground calibration error" in metrics["verdict"]
+    assert metrics["test"]["empty_cams"] is not None
