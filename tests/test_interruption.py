@@ -61,6 +61,10 @@ def _child(log: str, arguments: list[str], plan: dict) -> None:
         main.draw_figures = lambda *arguments: None
     code = main.main(arguments)
     sys.stdout.flush()
+    # as an interpreter does that ends: a stop can hit the very moment in which a pool starts a thread and forgets it
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     os._exit(code)
 
 
