@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import random
 from dataclasses import replace
 
 import pytest
@@ -163,7 +164,11 @@ class Code:
         return (os.mkdir, ("must_not_exist",))
 
 
-@pytest.mark.parametrize("content", [b"", b"random bytes", os.urandom(5000), pickle.dumps(Code()), pickle.dumps({"model": 1})])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"random bytes", random.Random(0).randbytes(5000), pickle.dumps(Code()), pickle.dumps({"model": 1})],
+    ids=["empty", "short", "long", "code", "no weights"],
+)
 def test_checkpoints_that_are_none_are_one_line_and_run_no_code(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.pth").write_bytes(content)
