@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 size_name=${SIZE:-cpu}
 results=${RESULTS:-results/study-$size_name}
 case $size_name in
-  cpu) size=(--quick --width 32) ;;
+  cpu) size=(--quick --width 32 --epochs 30) ;;
   paper) size=() ;;
   *) echo "SIZE must be cpu or paper, not $size_name" >&2; exit 2 ;;
 esac
