@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import shutil
 import urllib.error
@@ -109,7 +110,8 @@ def _unpack(archive: Path, root: Path, folder: str) -> None:
         archive.unlink()
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"cannot unpack {archive}: {error.strerror or error}; make room and run again") from error
     except Exception as error:  # a damaged archive may be encrypted, packed in an unknown way, or anything else
+        # EINVAL: some versions of zipfile go to where a damaged archive points, even if that is before its beginning
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"cannot unpack {archive}: {error.strerror or error}; make room and run again") from error
         raise UserError(f"{archive} is broken ({one_line(error)}); delete it and run the same command again") from error

@@ -527,8 +527,9 @@ def test_archives_that_are_hostile(tmp_path, monkeypatch):
     refused(lambda: _unpack(archive, root), "x.zip is broken")
     _zip(archive, {"other/a": b"x"})
     refused(lambda: _unpack(archive, root), "x.zip does not hold the folder inner")
-    archive.write_bytes(b"PK\x05\x06" + os.urandom(200))
-    refused(lambda: _unpack(archive, root), "x.zip is broken")
+    for end in (os.urandom(200), struct.pack("<4H2LH", 0, 0, 1, 1, 1000, 0, 0)):  # a directory before the beginning
+        archive.write_bytes(b"PK\x05\x06" + end)
+        refused(lambda: _unpack(archive, root), "x.zip is broken")
     assert not (tmp_path / "escaped").exists()
     assert not (root / "inner").exists()
 
