@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from calibration import ATOMS, CORRECT, atoms, check_unit_interval, confidence_sum, count_confidence
-from fusion import PREDICTIVE, SALIENCY, Fusion, check_variance, convex_curve, fuse
+from calibration import ATOMS, CORRECT, REGIONS, atoms, check_unit_interval, confidence_sum, count_confidence
+from fusion import PREDICTIVE, SALIENCY, Fusion, check_variance, convex_curve, draw_pixels, fuse
 from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_table
 
 SCORES = (
@@ -248,6 +248,29 @@ def pieces(pixels: int, device: torch.device):
     """Slices of the pixels, so that temporaries stay small (and in cache, on a CPU) for images of any size."""
     step = 15 * 1024 if device.type == "cpu" else 1 << 19
     return [slice(first, min(first + step, pixels)) for first in range(0, pixels, step)]
+
+
+def drawn_pixels(images, limit: int, seed: int) -> dict:
+    """A sample of the pixels of every region, for fitting models.
+
+    Args:
+        limit: pixels drawn at most from each image and region, by chance that depends on `seed` and the id alone.
+
+    Returns:
+        Per region a list with one entry an image, in their order: mean prediction, both variances and "predicted"
+        by name (n,), on the CPU; wrong (n,) bool; weight (n,), the number of pixels that each drawn one stands for.
+    """
+    drawn = {region: [] for region in REGIONS}
+    for identifier, maps in images:
+        flat = checked_maps(identifier, maps)
+        atom = atoms(flat["predicted"], flat["true_mask"])
+        for region, members in REGIONS.items():
+            inside = sum(atom == member for member in members).nonzero().view(-1)
+            index = draw_pixels(identifier, inside, limit, seed)
+            values = {name: flat[name][index].cpu() for name in ("mean_prediction", PREDICTIVE, SALIENCY, "predicted")}
+            wrong = ((atom[index] == 1) | (atom[index] == 2)).cpu().numpy()
+            drawn[region].append((values, wrong, np.full(len(index), len(inside) / max(len(index), 1))))
+    return drawn
 
 
 def _curve_of_image(flat: dict, fusion: Fusion, lambdas: tuple, bins: int) -> dict:

@@ -7,12 +7,13 @@ whatever function of the inputs tells errors from correct pixels, given pixels e
 from __future__ import annotations
 
 import numpy as np
+import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
-from calibration import REGIONS, atoms
-from counters import checked_maps
-from fusion import PREDICTIVE, SALIENCY, draw_pixels
+from calibration import REGIONS
+from counters import drawn_pixels
+from fusion import PREDICTIVE, SALIENCY
 
 #: The inputs of each model. ``1 - max(p, 1 - p)`` says how sure the network is; ``p`` says that and the label.
 INPUTS = {
@@ -39,7 +40,7 @@ def count_error_trees(validation, test, fitted_on: int = 512, read_on: int = 204
         (I, S, 2: correct, wrong) and `model_cells` (I, S, 2, Q), all weighted; and the AUROC (S,) of all
         drawn test pixels by scikit-learn, NaN where a region has no error or nothing else.
     """
-    fitting, reading = (_draw(split, limit, seed) for split, limit in ((validation, fitted_on), (test, read_on)))
+    fitting, reading = drawn_pixels(validation, fitted_on, seed), drawn_pixels(test, read_on, seed)
     images = len(reading["whole_image"])
     names, auroc = [], []
     arrays = {name: [] for name in ("model_log_loss", "model_pixels", "model_cells")}
@@ -63,25 +64,11 @@ def count_error_trees(validation, test, fitted_on: int = 512, read_on: int = 204
     return names, {name: np.stack(parts, 1) for name, parts in arrays.items()}, np.array(auroc)
 
 
-def _draw(images, limit: int, seed: int) -> dict:
-    """Per region a list with one entry an image: features (n, 3 and the label), wrong (n,), weight (n,)."""
-    drawn = {region: [] for region in REGIONS}
-    for identifier, maps in images:
-        flat = checked_maps(identifier, maps)
-        atom = atoms(flat["predicted"], flat["true_mask"])
-        for region, members in REGIONS.items():
-            inside = sum(atom == member for member in members).nonzero().view(-1)
-            index = draw_pixels(identifier, inside, limit, seed)
-            values = {name: flat[name][index].cpu().numpy() for name in ("mean_prediction", PREDICTIVE, SALIENCY)}
-            values["one_minus_max_probability"] = 1.0 - np.maximum(values["mean_prediction"], 1.0 - values["mean_prediction"])
-            wrong = ((atom[index] == 1) | (atom[index] == 2)).cpu().numpy()
-            drawn[region].append((values, wrong, np.full(len(index), len(inside) / max(len(index), 1))))
-    return drawn
-
-
 def _pooled(drawn: list) -> tuple:
     """Features by name, wrong, weight and number of the image, each over all drawn pixels."""
-    features = {name: np.concatenate([values[name] for values, _, _ in drawn]) for name in drawn[0][0]}
+    features = {name: torch.cat([values[name] for values, _, _ in drawn]).numpy() for name in drawn[0][0]}
+    probability = features["mean_prediction"]
+    features["one_minus_max_probability"] = 1.0 - np.maximum(probability, 1.0 - probability)
     wrong, weight = (np.concatenate([entry[position] for entry in drawn]) for position in (1, 2))
     image = np.repeat(np.arange(len(drawn)), [len(entry[1]) for entry in drawn])
     return features, wrong, weight, image

@@ -24,7 +24,7 @@ from calibration import (
     jsonable,
     verdict,
 )
-from counters import Counters, Rows, checked_maps, pieces
+from counters import Counters, Rows, checked_maps, drawn_pixels, pieces
 from error_trees import count_error_trees
 from fusion import (
     NORMALISATIONS,
@@ -33,7 +33,6 @@ from fusion import (
     SALIENCY,
     Fusion,
     distributions,
-    draw_pixels,
     fit_logistic,
     foreground_sample,
     fuse,
@@ -186,24 +185,13 @@ class ErrorModels:
 def fit_error_models(validation, found: dict, limit: int = 512, seed: int = 42) -> ErrorModels:
     """Fit every model in every region to at most `limit` pixels an image and region, weighted for the rest."""
     ranks = {name: NORMALISATIONS["rank"](found[name]) for name in (PREDICTIVE, SALIENCY)}
-    rows = {region: [] for region in REGIONS}
-    for identifier, maps in validation:
-        flat = checked_maps(identifier, maps)
-        atom = atoms(flat["predicted"], flat["true_mask"])
-        for region, members in REGIONS.items():
-            inside = sum(atom == member for member in members).nonzero().view(-1)
-            index = draw_pixels(identifier, inside, limit, seed)
-            features = error_features({name: value[index] for name, value in flat.items()}, ranks)
-            wrong = ((atom[index] == 1) | (atom[index] == 2)).cpu().numpy()
-            weight = np.full(len(index), len(inside) / max(len(index), 1))
-            rows[region].append(({name: value.cpu().numpy() for name, value in features.items()}, wrong, weight))
     coefficients = {}
-    for region, parts in rows.items():
-        wrong = np.concatenate([part[1] for part in parts])
-        weight = np.concatenate([part[2] for part in parts])
+    for region, drawn in drawn_pixels(validation, limit, seed).items():
+        features = [error_features(values, ranks) for values, _, _ in drawn]
+        wrong, weight = (np.concatenate([entry[position] for entry in drawn]) for position in (1, 2))
         for model in MODELS:
-            features = np.concatenate([part[0][model] for part in parts]).astype(np.float64)
-            coefficients[region, model] = fit_logistic(features, wrong, weight)
+            columns = torch.cat([one[model] for one in features]).double().numpy()
+            coefficients[region, model] = fit_logistic(columns, wrong, weight)
     return ErrorModels(ranks, coefficients)
 
 

@@ -66,3 +66,12 @@ def constructed_images(count, kind, size=32, seed=0, prefix="image"):
         }
         items.append((f"{prefix}_{index:04d}", {name: torch.from_numpy(value) for name, value in maps.items()}))
     return Images(items)
+
+
+def label_copies(count=12, seed=1):
+    """Images whose saliency variance is high wherever foreground is predicted, and knows nothing of errors beyond that."""
+    images, generator = make_images(count, seed=seed), torch.Generator().manual_seed(seed)
+    for _, maps in images:
+        predicted = (maps["mean_prediction"] > 0.5).float()
+        maps["saliency_variance"] = 0.1 * predicted + 0.05 * torch.rand(predicted.shape, generator=generator)
+    return images

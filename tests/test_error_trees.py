@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from constructed_maps import constructed_images, make_images
+from constructed_maps import constructed_images, label_copies, make_images
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -69,15 +69,7 @@ def test_saliency_is_found_where_it_is_informative_and_not_where_it_is_noise():
 
 
 def test_a_copy_of_the_label_seems_to_find_errors_only_where_the_region_gives_the_truth_away():
-    splits = []
-    for seed in (1, 2):
-        images = make_images(12, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        for _, maps in images:
-            predicted = (maps["mean_prediction"] > 0.5).float()
-            maps["saliency_variance"] = 0.1 * predicted + 0.05 * torch.rand(predicted.shape, generator=generator)
-        splits.append(images)
-    found = added_value_of_trees(*splits, resamples=200)
+    found = added_value_of_trees(label_copies(seed=1), label_copies(seed=2), resamples=200)
     inside, anywhere = found["foreground"]["difference"], found["predicted_foreground"]["difference"]
     assert inside["with_minus_without"]["auroc"]["value"] > 0.1
     assert inside["label_with_minus_label_without"]["auroc"]["value"] == pytest.approx(0, abs=1e-3)
