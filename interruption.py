@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -84,14 +85,21 @@ def deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
 def end_with_parent(*_: Any) -> None:
     """Make this helper process end when the one that started it is gone, even by ``kill -9``.
 
-    Without it, the processes of a pool wait for work for ever.
+    Without it, the processes of a pool wait for work for ever. A run that is stopped while it fetches a
+    batch hangs up on the helper's thread that hands it over: that is no error to be shown.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    sys.excepthook = _unless_hung_up
 
     def wait() -> None:
         multiprocessing.connection.wait([parent.sentinel])

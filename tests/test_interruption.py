@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_FLAGS, process, write_pairs
 
+import interruption
 from dataset import decode_pairs, find_pairs, isic_folders
 from decoding import decode_pair
 from storage import FolderLock, remove_partials
@@ -310,6 +311,14 @@ def test_stopped_in_every_stage_and_resumed(start, reference, tiny, tmp_path, pa
         running = start(*_flags(tmp_path, tiny))
         assert (_end(running), running.exitcode)[1] == 0, running.log.read_text()
         same(tmp_path / "run", reference / "run")
+
+
+def test_a_helper_whose_run_hung_up_says_nothing(capsys):
+    for error in (ConnectionResetError("gone"), BrokenPipeError("gone"), EOFError()):
+        interruption._unless_hung_up(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    interruption._unless_hung_up(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err
 
 
 POOL = """
