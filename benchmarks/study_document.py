@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -147,6 +147,13 @@ def _seed(name: str) -> str:
     return name.split("-")[1]
 
 
+def _scores_of_regions() -> Iterator[tuple[str, str, str]]:
+    """The region in words, the score, and the path of its numbers."""
+    for region, words in REGION_NAMES.items():
+        for score in SCORES:
+            yield words, score, f"test.regions.{region}.scores.{score}"
+
+
 def segmentation(runs: Runs) -> Table:
     rows = []
     for name in SEEDS:
@@ -177,17 +184,15 @@ def headline(runs: Runs) -> Table:
 
 def calibration(runs: Runs) -> Table:
     quote, rows = Quotes(runs[SEEDS[0]]), []
-    for region, words in REGION_NAMES.items():
-        for score in SCORES:
-            base = f"test.regions.{region}.scores.{score}"
-            row: list[Text] = [words, SCORE_NAMES[score], quote(f"{base}.mean_confidence"), quote.estimate(f"{base}.ece")]
-            for kind in ("", ".recalibrated.isotonic", ".recalibrated.platt"):
-                if kind:
-                    row.append(quote.estimate(f"{base}{kind}.ece"))
-                same = score == SCORES[0]
-                row.append("reference" if same else quote.estimate(f"{base}{kind}.minus_predictive_variance.ece", True))
-            log_loss = f"{base}.recalibrated.isotonic.minus_predictive_variance.log_loss"
-            rows.append([*row, "reference" if same else quote.estimate(log_loss, True)])
+    for words, score, base in _scores_of_regions():
+        row: list[Text] = [words, SCORE_NAMES[score], quote(f"{base}.mean_confidence"), quote.estimate(f"{base}.ece")]
+        for kind in ("", ".recalibrated.isotonic", ".recalibrated.platt"):
+            if kind:
+                row.append(quote.estimate(f"{base}{kind}.ece"))
+            same = score == SCORES[0]
+            row.append("reference" if same else quote.estimate(f"{base}{kind}.minus_predictive_variance.ece", True))
+        log_loss = f"{base}.recalibrated.isotonic.minus_predictive_variance.log_loss"
+        rows.append([*row, "reference" if same else quote.estimate(log_loss, True)])
     header = ("region", "score", "mean confidence", "ECE", "− predictive", "ECE, isotonic", "− predictive", "ECE, Platt",
               "− predictive", "log loss, isotonic, − predictive")
     return Table("Calibration of every score on test before and after recalibration on validation, training seed 42, "
@@ -196,11 +201,9 @@ def calibration(runs: Runs) -> Table:
 
 def ranking(runs: Runs) -> Table:
     quote, rows = Quotes(runs[SEEDS[0]]), []
-    for region, words in REGION_NAMES.items():
-        for score in SCORES:
-            base = f"test.regions.{region}.scores.{score}"
-            rows.append([words, SCORE_NAMES[score], quote.estimate(f"{base}.auroc"), _others(runs, f"{base}.auroc.value", number),
-                         quote.estimate(f"{base}.auprc"), quote.estimate(f"{base}.excess_aurc")])
+    for words, score, base in _scores_of_regions():
+        rows.append([words, SCORE_NAMES[score], quote.estimate(f"{base}.auroc"), _others(runs, f"{base}.auroc.value", number),
+                     quote.estimate(f"{base}.auprc"), quote.estimate(f"{base}.excess_aurc")])
     header = ("region", "score", "AUROC", "AUROC, seeds 43 and 44", "AUPRC", "excess AURC")
     return Table("How well every score ranks the errors on test, training seed 42, with 95 % intervals", header, rows, (0, 1))
 
