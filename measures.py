@@ -140,7 +140,7 @@ def score_table(validation: Counters, test: Counters, resamples: int, seed: int)
     for region in REGIONS:
         for name, exact in ranking_measures(*split_region(test.pooled["fine"], region)).items():
             key = (region, "raw", name)
-            samples[key] += exact - point[key]
+            samples[key] = np.clip(samples[key] + (exact - point[key]), 0.0, 1.0)  # the range of all four
             point[key] = exact
     return point, samples
 

@@ -41,13 +41,21 @@ def cell_values() -> np.ndarray:
 
 def add_histogram(histogram: torch.Tensor, index: torch.Tensor) -> None:
     """Add 1 to `histogram` (K,), int64, at every index, in place; exact, hence deterministic, on any device."""
-    index = index.reshape(-1)
-    if index.device.type in ("cpu", "cuda"):
-        one = torch.ones(1, dtype=histogram.dtype, device=histogram.device)
-        histogram.scatter_add_(0, index, one.expand(len(index)))
-    else:  # sorting does not suffer from many pixels in one cell, as atomic additions on Metal do
-        edges = torch.arange(len(histogram) + 1, device=index.device)
-        histogram += torch.searchsorted(index.sort().values, edges).diff()
+    # sorting does not suffer from many pixels in one cell, as atomic additions on Metal do
+    add = scattered if index.device.type in ("cpu", "cuda") else sorted_out
+    add(histogram, index.reshape(-1))
+
+
+def scattered(histogram: torch.Tensor, index: torch.Tensor) -> None:
+    """:func:`add_histogram` by additions at every index (N,)."""
+    one = torch.ones(1, dtype=histogram.dtype, device=histogram.device)
+    histogram.scatter_add_(0, index, one.expand(len(index)))
+
+
+def sorted_out(histogram: torch.Tensor, index: torch.Tensor) -> None:
+    """:func:`add_histogram` by sorting the indices (N,) and searching where each cell begins."""
+    edges = torch.arange(len(histogram) + 1, device=index.device)
+    histogram += torch.searchsorted(index.sort().values, edges).diff()
 
 
 def quantile_edges(fine: np.ndarray, regions, cells: int = 256) -> np.ndarray:
@@ -61,7 +69,10 @@ def quantile_edges(fine: np.ndarray, regions, cells: int = 256) -> np.ndarray:
     """
     mixture = sum(_share(fine[:, list(members)].sum(1)) for members in regions)
     cumulated = np.cumsum(_share(mixture), -1)
-    edges = np.stack([np.searchsorted(row, np.arange(1, cells) / cells) for row in cumulated])
+    # Less a little, for a boundary that lies at a level exactly but for rounding: where a score tells errors from correct
+    # pixels completely, that is the one between them.
+    levels = np.arange(1, cells) / cells - 1e-9
+    edges = np.stack([np.searchsorted(row, levels) for row in cumulated])
     return np.minimum(edges, fine.shape[-1] - 1).astype(np.int64)
 
 

@@ -70,7 +70,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         _remove(partial)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was finished before is kept; "
-            "make room or choose another --results folder, then run the same command again"
+            "make room or choose another folder (--results, --cache, --output), then run the same command again"
         ) from error
     except BaseException:
         _remove(partial)
@@ -292,6 +292,9 @@ def _lock(descriptor: int) -> None:
     except ImportError:  # Windows
         import msvcrt
 
+        # Windows locks bytes, from the position of the file on, and lets nobody else read them: one far behind the
+        # holder's name, the same for all
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

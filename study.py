@@ -275,7 +275,7 @@ def compare_models(names: tuple, arrays: dict, exact_auroc: np.ndarray, resample
     arrays = {**arrays, "model_cells": arrays["model_cells"].astype(np.float32)}
     point = _model_statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
     samples = bootstrap(arrays, _model_statistics, resamples, seed, chunk=64)
-    samples["auroc"] += exact_auroc - point["auroc"]
+    samples["auroc"] = np.clip(samples["auroc"] + (exact_auroc - point["auroc"]), 0.0, 1.0)
     point["auroc"] = exact_auroc
     position = {name: index for index, name in enumerate(names)}
     result = {}

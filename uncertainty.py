@@ -298,7 +298,7 @@ class Moments:
 
 
 def binary_entropy_of_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of Bernoulli(sigmoid(z)): ``softplus(z) - z sigmoid(z)``, 0 at infinite z."""
+    """Entropy in nats of Bernoulli(sigmoid(z)): ``softplus(z) - z sigmoid(z)``, of finite z."""
     z = logits.abs()  # symmetric, and free of cancellation for z >= 0: log1p(exp(-z)) + z sigmoid(-z)
     return F.softplus(-z) + z * torch.sigmoid(-z)
 
@@ -417,7 +417,11 @@ def _general_maps(
                     activations = seen[0]
                     if activations.dim() != 4:
                         raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(activations.shape)}")
-                    (gradient,) = torch.autograd.grad(logits.sum(), activations)
+                    gradient = None
+                    if logits.requires_grad:
+                        (gradient,) = torch.autograd.grad(logits.sum(), activations, allow_unused=True)
+                    if gradient is None:
+                        raise ValueError("the logits do not depend on the output of the target layer")
                     with torch.no_grad():
                         dtype = torch.promote_types(logits.dtype, torch.float32)
                         cam, empty = grad_cam(
@@ -574,14 +578,18 @@ def uncertainty_maps(
                 model, some, names, target_layer, passes, seed, chunk, normalise_cam, to_logits, dtype
             )
 
+    def not_finite(rows: Sequence[Sequence[Tensor]]) -> list[int]:
+        finite = torch.stack([torch.stack([m.isfinite().all() for m in row[:4]]).all() for row in rows]).tolist()
+        return [i for i, ok in enumerate(finite) if not ok]
+
     rows = compute(range(len(images)), half)
-    finite = torch.stack([torch.stack([m.isfinite().all() for m in row[:4]]).all() for row in rows]).tolist()
-    broken = [i for i, ok in enumerate(finite) if not ok]
+    broken = not_finite(rows)
+    fallbacks = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     if broken and half is not None:
         for i, row in zip(broken, compute(broken, None)):
             rows[i] = row
-    elif broken:
+        fallbacks[broken] = 1
+        broken = not_finite(rows)
+    if broken:
         raise ValueError(f"the maps of image {ids[broken[0]]} are not finite")
-    fallbacks = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    fallbacks[broken] = 1
     return UncertaintyMaps(*(torch.stack(column) for column in zip(*rows)), fallbacks)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import ranking
 from ranking import (
     FINE_CELLS,
     add_histogram,
@@ -118,14 +119,14 @@ def test_ends_and_odd_values_of_the_cells():
     assert cell_values()[0] == 0 and cell_values()[-1] == 1
 
 
-def test_histograms_by_scatter_and_by_sorting_agree(monkeypatch):
-    index = torch.randint(0, 50, (1_000,), generator=torch.Generator().manual_seed(0))
-    expected = torch.bincount(index, minlength=60)
+@pytest.mark.parametrize("way", [ranking.scattered, ranking.sorted_out])
+def test_histograms_by_scatter_and_by_sorting_count_the_same(way):
+    index = torch.randint(0, 50, (10, 100), generator=torch.Generator().manual_seed(0))
     counts = torch.ones(60, dtype=torch.int64)
+    way(counts, index.view(-1))
+    assert torch.equal(counts, torch.bincount(index.view(-1), minlength=60) + 1)
     add_histogram(counts, index)
-    assert torch.equal(counts, expected + 1)
-    edges = torch.arange(61)
-    assert torch.equal(torch.searchsorted(index.sort().values, edges).diff(), expected)
+    assert torch.equal(counts, 2 * torch.bincount(index.view(-1), minlength=60) + 1)
 
 
 def test_quantile_cells_share_the_pixels_evenly_and_keep_all_of_them():
@@ -141,6 +142,16 @@ def test_quantile_cells_rank_nearly_as_well_as_fine_ones():
     counts = np.stack(histogram(*pixels("skewed")))
     edges = quantile_edges(counts[None], [(0,), (1,)])
     assert auroc(*pool_cells(counts, edges[0])) == pytest.approx(auroc(*counts), abs=1e-4)
+
+
+@pytest.mark.parametrize("errors", [1_000, 1_003])
+def test_quantile_cells_keep_errors_apart_that_a_score_tells_completely(errors):
+    # half of the levels are the correct pixels' and half the errors', whatever their numbers and the rounding
+    counts = np.zeros((2, FINE_CELLS))
+    counts[0, 10_000:17_919] = np.arange(1, 7_920)
+    counts[1, 17_919 : 17_919 + errors] = 7
+    pooled = pool_cells(counts, quantile_edges(counts[None], [(0,), (1,)])[0])
+    assert not (pooled[0] * pooled[1]).any() and auroc(*pooled) == 1
 
 
 def test_risk_coverage_curve():

@@ -528,9 +528,29 @@ def test_certain_or_foreign_dropout_is_an_error():
 def test_not_finite_logits_are_an_error():
     model = unet()
     model.head.bias.data.fill_(math.nan)
-    for method in ("general", "fast"):
+    for method, precision in (("general", "fp32"), ("fast", "fp32"), ("general", "bf16"), ("fast", "bf16")):
         with pytest.raises(ValueError, match="image 0 are not finite"):
-            uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=2, method=method)
+            uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=2, method=method, precision=precision)
+
+
+class Aside(nn.Module):
+    """A network whose logits leave the output of one of its layers aside."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.cut, self.used, self.aside, self.dropout = cut, nn.Conv2d(3, 1, 1), nn.Conv2d(3, 2, 1), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        aside = self.aside(x)
+        return self.dropout(self.used(x)) + (0 * aside.detach().sum() if self.cut else 0)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_target_that_the_logits_do_not_depend_on_is_an_error(cut):
+    model = Aside(cut)
+    with pytest.raises(ValueError, match="do not depend on the output of the target layer"):
+        uncertainty_maps(model, pictures(), target_layer=model.aside, passes=2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_fast_path_is_for_the_unmodified_network():
