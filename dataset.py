@@ -218,6 +218,19 @@ class DecodedPairs:
     checksums: dict[str, list[str]]
     skipped: list[BadPair] = field(default_factory=list)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is started afresh: the name of the mapped file instead of its content."""
+        records = self.records
+        if not isinstance(records, np.memmap):
+            return self.__dict__
+        return {**self.__dict__, "records": (str(records.filename), records.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.records, tuple):
+            name, shape = self.records
+            self.records = np.memmap(name, np.uint8, "r", shape=shape)
+
     def image(self, id: str) -> np.ndarray:
         """uint8 (size, size, 3)."""
         return self.records[self.slots[id], : 3 * self.size**2].reshape(self.size, self.size, 3)
@@ -320,7 +333,7 @@ def _read_index(folder: Path, size: int) -> _Index:
 
 def _maker(size: int) -> dict[str, Any]:
     """What decides the pixels beside the files: this program's decoding, and Pillow's."""
-    return {"decoding": 2, "pillow": PIL.__version__, "size": size}
+    return {"decoding": 3, "pillow": PIL.__version__, "size": size}
 
 
 def _map_records(folder: Path, size: int, entries: dict[str, dict[str, Any]]) -> np.ndarray:

@@ -67,8 +67,9 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
     """Decode any image file to 8-bit RGB, upright, optionally resized.
 
     Grey, palette, RGBA (the alpha is dropped), CMYK, 16-bit and float images
-    are converted; the EXIF orientation is applied. JPEGs are decoded at a
-    reduced scale when that leaves at least twice ``size`` on both sides.
+    are converted; the EXIF orientation is applied. Upright JPEGs are decoded at
+    a reduced scale when that leaves at least twice ``size`` on both sides, which
+    differs from decoding them whole by a few grey levels at most.
 
     Args:
         path: the file.
@@ -93,15 +94,16 @@ def _read_image(path: Path, size: int | None) -> tuple[np.ndarray, tuple[int, in
             raise UserError(
                 f"{path} is {original[0]} x {original[1]} pixels, too small or too long to show a lesion; remove its pair", path
             )
-        if size is not None and image.format == "JPEG":
-            image.draft("RGB", (2 * size, 2 * size))
-        orientation = image.getexif().get(0x0112, 1)
+        orientation, drafted = image.getexif().get(0x0112, 1), None
+        if size is not None and image.format == "JPEG" and orientation == 1:
+            drafted = image.draft("RGB", (2 * size, 2 * size))
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
         if orientation in (5, 6, 7, 8):
             original = original[::-1]
         if size is not None:
-            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+            # the last of the reduced pixels may lie partly outside the picture: its extent is not a whole number of them
+            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=drafted and drafted[1])
         return np.array(rgb), original
 
 

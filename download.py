@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity, extract_archive
-from tqdm import tqdm
 
 from dataset import ISIC_IMAGES, ISIC_MASKS
 from storage import FolderLock, UserError, check_space, one_line
+from terminal import tqdm
 
 ISIC_ARCHIVES = (
     ("https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task1-2_Training_Input.zip", ISIC_IMAGES),

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # while the packages load there is nothing to save: 
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -52,13 +52,14 @@ from storage import (
     write_json,
 )
 from study import run_study
-from synthetic import write_synthetic_dataset
+from synthetic import is_synthetic, write_synthetic_dataset
 from terminal import stage, tqdm
 from train import train, training_precision
 from visualize import draw_run
 
 DATA = Path("data")
 RESULTS = Path("results")
+ENVIRONMENT = ("device", "device_name", "versions")  # what config.json says of the machine
 SYNTHETIC_BANNER = """\
 ************************************************************************
 *  SYNTHETIC LESIONS. No dataset was named, and data/ISIC2018 is not   *
@@ -142,9 +143,13 @@ def run(config: Config) -> dict[str, Any]:
     with process_group(config.device) as group:
         source = group.shared(lambda: find_source(config))
         results = Path(config.results or RESULTS / (source.name + ("-quick" if config.quick and not source.synthetic else "")))
-        with FolderLock(results) if group.first else nullcontext(), saying_what_is_kept(results):
-            if group.first:
+        with ExitStack() as held, saying_what_is_kept(results):
+
+            def hold() -> None:
+                held.enter_context(FolderLock(results))
                 remove_partials(results, *(results / name for name in ("weights", "figures", *MAP_FOLDERS)))
+
+            group.shared(hold)
             pairs, split = prepare_data(config, source, group)
             identity = group.shared(lambda: claim_results(results, config, source, pairs, split, group.device))
             model = train_model(config, pairs, split, group, results, identity)
@@ -197,9 +202,9 @@ def find_source(config: Config) -> Source:
         download_isic(DATA / "ISIC2018")
     if config.images is not None:
         images, masks = Path(config.images), Path(config.masks or "")
-        return Source(images.resolve().name.lower(), images, masks, False)
+        return Source(images.resolve().name.lower(), images, masks, is_synthetic(images.resolve().parent))
     root = Path(config.data or DATA / "ISIC2018")
-    return Source(root.resolve().name.lower(), *isic_folders(root), False)
+    return Source(root.resolve().name.lower(), *isic_folders(root), is_synthetic(root))
 
 
 def prepare_data(config: Config, source: Source, group: Processes) -> tuple[DecodedPairs, Split]:
@@ -210,7 +215,8 @@ def prepare_data(config: Config, source: Source, group: Processes) -> tuple[Deco
     bad: list[BadPair] | None = [] if config.skip_bad else None
     found = find_pairs(source.images, source.masks, bad)
     ids = limit_pairs(sorted([pair.id for pair in found] + [entry.id for entry in bad or ()]), config.limit)
-    found = [pair for pair in found if pair.id in set(ids)]
+    wanted = set(ids)
+    found = [pair for pair in found if pair.id in wanted]
     split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed)
     cache = Path(config.cache or DATA / "cache")
 
@@ -222,7 +228,7 @@ def prepare_data(config: Config, source: Source, group: Processes) -> tuple[Deco
     group.shared(decode)
     pairs = decode_pairs(found, config.image_size, cache, bad=bad)
     if bad:
-        pairs.skipped = sorted(entry for entry in bad if entry.id in set(ids))
+        pairs.skipped = sorted(entry for entry in bad if entry.id in wanted)
         split = leave_out(split, {entry.id for entry in pairs.skipped})
     if pairs.skipped:
         reasons = "; ".join(f"{entry.id}: {entry.reason}" for entry in pairs.skipped)
@@ -246,8 +252,10 @@ def claim_results(
         "data": pairs.fingerprint(), "skipped": [entry.id for entry in pairs.skipped],
     }
     if config.weights_from is not None:
+        if Path(config.weights_from).resolve() == results.resolve():
+            raise UserError(f"--weights-from names {results}, where this run would write; give another --results folder")
         decides["weights"] = finished_weights(Path(config.weights_from), decides, AFTER_TRAINING)
-    record = {
+    record: dict[str, Any] = {
         "configuration": config.to_dict(),
         "identity": fingerprint(decides),
         "decides": decides,
@@ -261,12 +269,14 @@ def claim_results(
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "split": split._asdict(),
         "skipped": [entry._asdict() for entry in pairs.skipped],
+        "earlier": [],
     }
     path = results / "config.json"
     if config.fresh:
         clear_results(results)
     if path.exists():
-        before = read_json(path).get("decides")
+        old = read_json(path)
+        before = old.get("decides")
         if not isinstance(before, dict):
             raise UserError(f"{path} does not say what the run in {results} was; give --fresh to delete it and start over")
         changed = [
@@ -278,6 +288,10 @@ def claim_results(
                 f"{results} holds a run with other settings: {'; '.join(changed)}; "
                 "choose another --results folder, or give --fresh to delete that run and start over"
             )
+        # weights and maps that are used again may come from other versions or another device
+        for other in (*old.get("earlier", []), {key: old.get(key) for key in ENVIRONMENT}):
+            if other not in record["earlier"] and other != {key: record[key] for key in ENVIRONMENT}:
+                record["earlier"].append(other)
     else:  # what is there cannot be this run's
         unfinish(results)
     write_json(path, record)

@@ -164,7 +164,7 @@ def _warnings(run: SavedRun, quote: Quotes) -> list[Block]:
     items = warnings(run, quote)
     if not items:
         items = ["Nothing stands out: no value was clipped, no heatmap was empty, every image has a lesion, and the settings are "
-                 "the paper's."]
+                 "the defaults."]
     return [Heading(2, "Before you quote a number", "warnings"), Bullets(items, "warnings")]
 
 
@@ -209,9 +209,13 @@ def warnings(run: SavedRun, quote: Quotes) -> list[Text]:
     if skipped:
         reasons = "; ".join(f"{entry['id']} ({entry['reason']})" for entry in skipped)
         found.append(f"Pairs left out, {len(skipped)} in all: {printable(reasons)}.")
-    changed = [f"{_words(name)} {value} (paper: {default})" for name, value, default in _settings(run) if value != default]
+    changed = [f"{_words(name)} {value} (default: {default})" for name, value, default in _settings(run) if value != default]
     if changed:
-        found.append(f"The settings are not the paper's: {'; '.join(changed)}.")
+        found.append(f"Settings other than the defaults: {'; '.join(changed)}.")
+    earlier = run.record.get("earlier", [])
+    if earlier:
+        others = "; ".join(f"{entry['device']} with torch {entry['versions']['torch']}" for entry in earlier)
+        found.append(f"Parts of what this run used again may have been made on another device or with other versions: {others}.")
     return found
 
 
@@ -394,6 +398,7 @@ def _setup(run: SavedRun, quote: Quotes) -> list[Block]:
     total = sum(map(len, split.values()))
     shares = [[part, count(len(split[part])), percent(len(split[part]) / total)] for part in split] if total else []
     environment = [["device", f"{record.get('device', '')} ({record.get('device_name', '')})"],
+                   ["precision of training", str(record.get("decides", {}).get("amp", "")).replace("torch.", "")],
                    *([name, version] for name, version in record.get("versions", {}).items())]
     if "minutes" in run.metrics:
         environment.append(["time until the figures", duration(60 * run.metrics["minutes"])])
@@ -409,7 +414,7 @@ def _setup(run: SavedRun, quote: Quotes) -> list[Block]:
             "Normalisation constants from validation: predictive variance ", _bounds(quote, "normalisation.pred_variance"),
             ", saliency variance ", _bounds(quote, "normalisation.saliency_variance"), "."], "note"),
         Heading(3, "Settings"),
-        Table("What decides the numbers", ("setting", "this run", "paper"),
+        Table("What decides the numbers", ("setting", "this run", "default"),
               [[_words(name), str(value), "same" if value == default else str(default)]
                for name, value, default in _settings(run)], words=(0, 1, 2)),
         Heading(3, "Environment"),

@@ -25,6 +25,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from interruption import deaf_children, end_with_parent
 from storage import UserError, remove_partials, whole_file
 
+VERSION = 1  # of the pictures: whoever changes what is drawn raises it, and folders of older pictures are drawn again
+MARKER = "SYNTHETIC.txt"
 FIRST_NUMBER = 9_000_000  # far above every published ISIC number
 IMAGE_FOLDER = "ISIC2018_Task1-2_Training_Input"
 MASK_FOLDER = "ISIC2018_Task1_Training_GroundTruth"
@@ -536,13 +538,32 @@ def write_pair(index: int, root: str, seed: int) -> None:
         write_picture(image_path, lesion.image, format="JPEG", quality=92)
 
 
+def is_synthetic(root: str | Path) -> bool:
+    """Whether a dataset folder was written by :func:`write_synthetic_dataset`."""
+    return Path(root, MARKER).is_file()
+
+
+def mark(root: Path, seed: int) -> None:
+    """Mark a folder as synthetic; pictures of another version or seed that lie there are deleted first."""
+    text = f"Made-up skin lesions, drawn by a program and not photographed. Version {VERSION}, seed {seed}.\n".encode()
+    path = root / MARKER
+    if path.is_file() and path.read_bytes() == text:
+        return
+    for folder in (IMAGE_FOLDER, MASK_FOLDER):
+        for old in (root / folder).glob(f"ISIC_{FIRST_NUMBER // 10**6}??????*"):
+            old.unlink()
+    with whole_file(path) as stream:
+        stream.write(text)
+
+
 def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2,
                             progress: Callable[[], object] | None = None) -> None:
     """Write `count` synthetic pairs in the layout of ISIC 2018 Task 1.
 
     Pair i depends on `seed` and i alone: a smaller set is a prefix of a larger one, and the
     number of processes changes no byte. Files already under their final name are left alone,
-    so that an interrupted call can be repeated; another seed needs another `root`.
+    so that an interrupted call can be repeated; those of another seed or of another version of
+    this module are drawn again. The file `SYNTHETIC.txt` tells whoever finds the folder what it is.
 
     Args:
         root: folder, made if missing.
@@ -565,6 +586,7 @@ def write_synthetic_dataset(root, count: int, seed: int = 42, processes: int = 2
         except OSError as error:
             raise UserError(f"cannot make {Path(root, folder)}: {error.strerror or error}; run where you may write") from error
         remove_partials(Path(root, folder))
+    mark(Path(root), seed)
     drawn = all(path.exists() for index in range(count) for path in pair_paths(index, root))
     write, notify = partial(write_pair, root=str(root), seed=seed), progress or (lambda: None)
     if processes == 1 or drawn:  # no process is worth starting to look at what is there

@@ -143,6 +143,10 @@ def compute_case(run: Path, pair: Pair | None, image: Path, id: str, device: tor
     """
     record, metrics = read_json(run / "config.json"), read_sealed(run / "metrics.json")
     config = Config.from_dict(record.get("configuration"), run / "config.json")
+    decides = record.get("decides") or {}
+    same = all(key == "amp" or decides.get(key, value) == value for key, value in config.experiment().items())  # amp: resolved
+    if not same or record.get("identity") != fingerprint(decides):
+        raise UserError(f"{run / 'config.json'} was changed after the run wrote it; run main.py again")
     fusion = fusion_of(metrics, run / "metrics.json")
     model = load_model(run / "weights" / "best_model.pth", device)
     if metrics.get("identity") != fingerprint([record.get("identity"), weights_fingerprint(model)]):

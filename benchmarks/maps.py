@@ -42,6 +42,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset import isic_folders  # noqa: E402
 from model import UNet  # noqa: E402
 from uncertainty import uncertainty_maps  # noqa: E402
 
@@ -266,13 +267,17 @@ def whole_job(model: UNet, options: argparse.Namespace, device: torch.device) ->
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
         folder = Path(scratch)
-        paths = sorted(options.data.glob("*.jpg"))[: options.images] if options.data else []
-        generator = np.random.default_rng(0)
-        for i in range(options.images - len(paths)):  # smooth noise, in the size of a real photograph
-            coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            path = folder / f"{i:05}.jpg"
-            Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC).save(path, quality=90)
-            paths.append(path)
+        if options.data:
+            paths = sorted(isic_folders(options.data)[0].glob("*.jpg"))[: options.images]
+            if len(paths) < options.images:
+                sys.exit(f"error: {options.data} holds {len(paths)} .jpg pictures, fewer than --images {options.images}")
+        else:
+            paths = [folder / f"{i:05}.jpg" for i in range(options.images)]
+            generator = np.random.default_rng(0)
+            for path in paths:
+                coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC).save(path, quality=90)
+        origin = f"of {options.data}" if options.data else "of smooth noise, in the size of photographs"
         result: dict[str, float] = {}
         for precision in ["fp32", "tf32", "fp16", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]:
             start = time.perf_counter()
@@ -293,7 +298,7 @@ def whole_job(model: UNet, options: argparse.Namespace, device: torch.device) ->
             for future in writes:
                 future.result()
             result[f"ours, {precision}"] = time.perf_counter() - start
-            print(f"{len(paths)} pictures, {precision}: {result[f'ours, {precision}']:.1f} s")
+            print(f"{len(paths)} pictures {origin}, {precision}: {result[f'ours, {precision}']:.1f} s")
         few = paths[:2]
         start = time.perf_counter()
         for path in few:
@@ -319,7 +324,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variants", default="", help="comma-separated parts of names; all if empty")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--images", type=int, default=0, help="also the whole job, for so many pictures")
-    parser.add_argument("--data", type=Path, default=None, help="folder of .jpg pictures for --images")
+    parser.add_argument("--data", type=Path, default=None, help="folder in the ISIC 2018 Task 1 layout to take --images from")
     parser.add_argument("--json", type=Path, default=None, help="write the results there, too")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from config import QUICK, Config, parse_config, resolve_device
+from model import UNet
 from storage import UserError
+from uncertainty import AUTO_PRECISION
 
 
 def test_defaults_are_the_study_s():
@@ -16,6 +18,16 @@ def test_defaults_are_the_study_s():
     assert (config.image_size, config.width, config.passes, config.bins, config.seed) == (256, 64, 30, 15, 42)
     assert (config.dropout, config.lr, config.batch_size, config.split_seed) == (0.2, 1e-4, 16, 42)
     assert (config.test_fraction, config.validation_fraction, config.lambda_steps) == (0.2, 0.125, 10)
+    assert (config.threshold, config.schedule, config.warmup, config.clip) == (0.5, "constant", 0, 0)
+
+
+def test_the_default_maps_are_the_study_s():
+    model = UNet(4)
+    options = parse_config([], "").map_options(model)
+    assert options["target_layer"] is model.encoder4 and options["normalise_cam"] is True
+    assert (options["passes"], options["seed"], options["precision"], AUTO_PRECISION) == (30, 42, "auto", "fp32")
+    other = parse_config(["--cam-scale", "none", "--target-layer", "bottleneck"], "").map_options(model)
+    assert other["target_layer"] is model.bottleneck and other["normalise_cam"] is False
 
 
 def test_every_field_is_a_flag_with_a_line_of_help(capsys):

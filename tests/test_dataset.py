@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import pickle
 import shutil
 import threading
 import zipfile
@@ -207,6 +208,15 @@ def test_reduced_jpeg_decoding_stays_close_to_the_full_one(tmp_path):
     assert difference.max() <= 4
 
 
+def test_reduced_jpeg_decoding_does_not_shift_the_picture_against_its_mask(tmp_path):
+    # 2049 pixels are 256.125 of the reduced ones, of which the decoder gives 257
+    waves = 128 + 100 * np.sin(np.arange(2049) * 2 * np.pi / 256)
+    Image.fromarray(np.tile(waves.astype(np.uint8), (2049, 1))).save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        full = np.asarray(image.resize((128, 128), Image.Resampling.BILINEAR)).astype(float)
+    assert np.abs(full - read_image(tmp_path / "x.jpg", 128)[..., 0]).max() <= 4
+
+
 # ---------------------------------------------------------------- broken files
 
 
@@ -274,6 +284,14 @@ def test_each_pair_is_decoded_once_and_a_changed_one_again(tmp_path, monkeypatch
     fewer = decode_pairs(pairs[1:], 32, tmp_path / "cache")
     assert calls == []
     assert fewer.fingerprint() != changed.fingerprint()
+
+
+def test_a_process_that_is_started_afresh_maps_the_cache_itself(tiny, tmp_path):
+    pairs = decode_pairs(find_pairs(*isic_folders(tiny)), 32, tmp_path)
+    sent = pickle.dumps(pairs)
+    assert len(sent) < pairs.records.nbytes / 4
+    received = pickle.loads(sent)
+    assert isinstance(received.records, np.memmap) and np.array_equal(received.records, pairs.records)
 
 
 def test_an_interrupted_decoding_goes_on(tmp_path, monkeypatch):

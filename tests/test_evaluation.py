@@ -7,6 +7,7 @@ import pytest
 import torch
 from constructed_maps import Images, constructed_images, make_images
 from scipy.stats import spearmanr
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from calibration import REGIONS
@@ -104,6 +105,35 @@ def test_every_region_and_score_from_its_pixels(splits, found):
             if difference:
                 reference = entry["scores"]["predictive_variance"]["ece"]["value"]
                 assert difference["ece"]["value"] == pytest.approx(measured["ece"] - reference, abs=1e-12)
+
+
+def test_the_predicted_label_of_one_half_is_background():
+    validation, test = make_images(4, seed=1), make_images(4, seed=2)
+    for _, maps in test:
+        maps["mean_prediction"][:] = 0.5  # exactly the threshold, above which a pixel is lesion
+    found = evaluate(validation, test, resamples=100)
+    lesion = sum(int(maps["true_mask"].sum()) for _, maps in test)
+    regions = found.metrics["test"]["regions"]
+    assert regions["foreground"]["wrong_pixels"] == regions["foreground"]["pixels"] == lesion
+    assert regions["predicted_foreground"]["pixels"] == 0 and found.metrics["test"]["dice"] == 0
+
+
+def test_recalibration_is_that_of_scikit_learn_fitted_on_validation():
+    # errors follow both variances on validation and one of them on test: what is fitted on one is wrong for the other
+    parts = constructed_images(20, "informative", seed=1), constructed_images(20, "noise", seed=2)
+    found = evaluate(*parts, resamples=100)
+    values, right = [], []
+    for part in parts:
+        inside = [maps["true_mask"].numpy() == 1 for _, maps in part]
+        values.append(np.concatenate([maps["pred_variance"].numpy()[here] for (_, maps), here in zip(part, inside)]))
+        right.append(np.concatenate([maps["mean_prediction"].numpy()[here] > 0.5 for (_, maps), here in zip(part, inside)]))
+    entry = found.metrics["test"]["regions"]["foreground"]["scores"]["predictive_variance"]["recalibrated"]
+    errors = []
+    for fitted_on in (0, 1):
+        isotonic = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(values[fitted_on], right[fitted_on])
+        errors.append(slow_error(isotonic.predict(values[1]), right[1]))
+    assert entry["isotonic"]["ece"]["value"] == pytest.approx(errors[0], abs=0.01) and errors[0] > errors[1] + 0.1
+    assert entry["platt"]["ece"]["value"] == pytest.approx(errors[0], abs=0.03)
 
 
 def test_intervals_hold_their_estimates(found):

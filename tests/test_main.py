@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from conftest import TINY_FLAGS, command, process, write_pairs
 from PIL import Image
 
 from checkpoints import load_model
+from config import parse_config
 from dataset import ISIC_IMAGES, ISIC_MASKS
 from fusion import Fusion, Linear
-from storage import MAP_ARRAYS
+from main import find_source
+from storage import MAP_ARRAYS, fingerprint
 
 
 def test_a_run_leaves_what_the_readme_says(finished):
@@ -45,6 +49,29 @@ def test_a_run_leaves_what_the_readme_says(finished):
     checkpoint = torch.load(finished / "weights" / "best_model.pth", weights_only=True)
     assert checkpoint["options"]["width"] == 4
     load_model(finished / "weights" / "best_model.pth", torch.device("cpu"))
+
+
+def test_config_says_what_made_the_run(finished, tiny):
+    record = json.loads((finished / "config.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["numpy"] == np.__version__
+    assert record["versions"]["python"] == platform.python_version()
+    assert (record["device"], record["configuration"]["seed"], record["synthetic"], record["earlier"]) == ("cpu", 42, False, [])
+    assert sum(len(ids) for ids in record["split"].values()) == 24
+    sums = [[path.stem, *(hashlib.sha256(one.read_bytes()).hexdigest() for one in (
+        path, tiny / ISIC_MASKS / f"{path.stem}_segmentation.png"))] for path in sorted((tiny / ISIC_IMAGES).iterdir())]
+    assert record["data_fingerprint"] == fingerprint(sums)
+
+
+def test_config_keeps_the_versions_that_made_what_is_used_again(copied, tiny):
+    path = copied / "config.json"
+    record = json.loads(path.read_text())
+    now, older = record["versions"], {**record["versions"], "torch": "1.0"}
+    path.write_text(json.dumps({**record, "versions": older}))
+    for _ in range(2):
+        assert _run_again(copied, tiny).returncode == 0
+        record = json.loads(path.read_text())
+        assert record["versions"] == now and [entry["versions"] for entry in record["earlier"]] == [older]
+    assert "made on another device or with other versions: cpu with torch 1.0" in (copied / "report.md").read_text()
 
 
 def test_metrics_follow_from_the_saved_maps(finished):
@@ -164,6 +191,13 @@ def test_weights_that_do_not_fit_are_refused(copied, tiny, tmp_path, flags, spoi
     assert not (tmp_path / "other" / "weights").exists()
 
 
+def test_a_run_does_not_take_its_own_weights_nor_delete_them(copied, tiny, tmp_path):
+    outcome = command("--data", tiny, "--cache", tmp_path / "cache", *TINY_FLAGS, "--passes", 4, "--weights-from", copied,
+                      "--results", copied, "--fresh", cwd=tmp_path)
+    _is_one_line(outcome, "give another --results folder")
+    assert (copied / "weights" / "best_model.pth").is_file() and (copied / "metrics.json").is_file()
+
+
 def test_taken_weights_are_part_of_what_a_run_is(copied, tiny, tmp_path):
     flags = ("--data", tiny, "--cache", tmp_path / "cache", *TINY_FLAGS, "--results", tmp_path / "other")
     for _ in range(2):
@@ -196,7 +230,11 @@ def test_without_data_the_run_is_synthetic_and_says_so_everywhere(tmp_path):
     run = tmp_path / "results" / "synthetic"
     assert json.loads((run / "metrics.json").read_text())["synthetic"] is True
     assert json.loads((run / "config.json").read_text())["synthetic"] is True
-    assert len(list((tmp_path / "data" / "synthetic-24" / ISIC_IMAGES).glob("ISIC_*.jpg"))) == 24
+    drawn = tmp_path / "data" / "synthetic-24"
+    assert len(list((drawn / ISIC_IMAGES).glob("ISIC_*.jpg"))) == 24
+    for named in (("--data", drawn), ("--images", drawn / ISIC_IMAGES, "--masks", drawn / ISIC_MASKS)):
+        source = find_source(parse_config([str(word) for word in named], ""))
+        assert source.synthetic  # whoever names the folder does not make the lesions real
 
 
 def test_other_names_and_modes_work(tmp_path):
@@ -327,6 +365,13 @@ def test_visualize_by_id_and_for_any_picture(finished, tiny, tmp_path):
 def test_visualize_errors_are_one_line(finished, tmp_path, flags, message):
     run = () if "--run" in flags else ("--run", finished)
     _is_one_line(command(*run, *flags, script="visualize.py", cwd=tmp_path), message)
+
+
+def test_visualize_refuses_a_configuration_that_was_edited(copied, tmp_path):
+    record = json.loads((copied / "config.json").read_text())
+    for part in ("configuration", "decides"):
+        (copied / "config.json").write_text(json.dumps({**record, part: {**record[part], "passes": 7}}))
+        _is_one_line(command("--run", copied, script="visualize.py", cwd=tmp_path), "config.json was changed after the run")
 
 
 def test_visualize_shows_the_maps_that_the_run_saved(finished):

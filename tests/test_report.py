@@ -147,7 +147,7 @@ def test_warnings_name_what_limits_the_numbers(run):
     for part in ("synthetic lesions, drawn", "tiny discs", "2 of 6 test images have no lesion", "7 of 180 Grad-CAM",
                  "3 test images overflowed", "14 pixels of the predictive and 1,024 of the saliency", "Only 6 test images",
                  "Only 4 validation images", "segments badly (test Dice 0.5100)",
-                 "Pairs left out, 1 in all: x <b> (no mask).", "image size 32 (paper: 256)"):
+                 "Pairs left out, 1 in all: x <b> (no mask).", "image size 32 (default: 256)"):
         assert part in said, part
     metrics["test"].update(images_without_foreground=0, empty_cams=0, precision_fallbacks=0, images=519,
                            clipped_pixels={"pred_variance": 0, "saliency_variance": 0})

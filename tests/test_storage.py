@@ -169,9 +169,12 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 def test_windows_locks_the_same_byte_whatever_the_file_holds(tmp_path, monkeypatch):
     # msvcrt.locking locks from the position of the file on, which appending moves
     locked = []
-    windows = SimpleNamespace(LK_NBLCK=2, locking=lambda descriptor, mode, size: locked.append(os.lseek(descriptor, 0, os.SEEK_CUR)))
+
+    def locking(descriptor, mode, size):
+        locked.append(os.lseek(descriptor, 0, os.SEEK_CUR))
+
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
     with FolderLock(tmp_path), FolderLock(tmp_path):
         holder = (tmp_path / ".lock").read_bytes()
     assert len(set(locked)) == 1 and locked[0] > len(holder) > 0

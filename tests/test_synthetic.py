@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset import ISIC_IMAGES, ISIC_MASKS
 from storage import UserError
-from synthetic import IMAGE_FOLDER, MASK_FOLDER, flood, render_lesion, write_synthetic_dataset
+from synthetic import IMAGE_FOLDER, MARKER, MASK_FOLDER, flood, is_synthetic, render_lesion, write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_shorter_set_is_a_prefix_and_processes_change_no_byte(tmp_path):
     write_synthetic_dataset(tmp_path / "two", 7, seed=3, processes=2, progress=lambda: calls.append(2))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert calls == [1] * 5 + [2] * 7
-    assert len(one) == 2 * 5 and len(two) == 2 * 7
+    assert len(one) == 2 * 5 + 1 and len(two) == 2 * 7 + 1
     assert {name: two[name] for name in one} == one
     assert multiprocessing.active_children() == []
 
@@ -49,7 +49,7 @@ def test_layout_and_formats(tmp_path):
     write_synthetic_dataset(tmp_path, 3, seed=5, processes=1)
     names = [f"ISIC_{number}" for number in (9000000, 9000001, 9000002)]
     assert sorted(contents(tmp_path)) == sorted(
-        [str(Path(IMAGE_FOLDER, f"{n}.jpg")) for n in names]
+        [MARKER] + [str(Path(IMAGE_FOLDER, f"{n}.jpg")) for n in names]
         + [str(Path(MASK_FOLDER, f"{n}_segmentation.png")) for n in names])
     for index, name in enumerate(names):
         lesion = render_lesion(index, seed=5)
@@ -73,6 +73,21 @@ def test_existing_files_are_left_alone_and_missing_ones_restored(tmp_path):
     assert kept.read_bytes() == b"mine"
     kept.write_bytes(whole[str(kept.relative_to(tmp_path))])
     assert contents(tmp_path) == whole
+
+
+def test_pictures_of_another_seed_or_version_are_drawn_again(tmp_path, monkeypatch):
+    assert not is_synthetic(tmp_path)
+    write_synthetic_dataset(tmp_path, 2, seed=5, processes=1)
+    first = contents(tmp_path)
+    (tmp_path / IMAGE_FOLDER / "mine.jpg").write_bytes(b"mine")
+    write_synthetic_dataset(tmp_path, 2, seed=6, processes=1)
+    (tmp_path / IMAGE_FOLDER / "mine.jpg").unlink()  # what another made there is not deleted
+    other = contents(tmp_path)
+    assert is_synthetic(tmp_path) and other.keys() == first.keys() and all(other[name] != first[name] for name in first)
+    monkeypatch.setattr("synthetic.VERSION", 0)
+    (tmp_path / IMAGE_FOLDER / "ISIC_9000000.jpg").write_bytes(b"of version 0")
+    write_synthetic_dataset(tmp_path, 2, seed=6, processes=1)
+    assert {name for name, value in contents(tmp_path).items() if value != other[name]} == {MARKER}
 
 
 def test_folders_are_those_of_the_dataset():

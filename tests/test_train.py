@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import random
@@ -10,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sklearn.metrics import f1_score, jaccard_score
+from sklearn.metrics import f1_score, jaccard_score, log_loss
 
 from checkpoints import load_checkpoint, load_model, weights_fingerprint
 from config import Config
-from dataset import decode_pairs, find_pairs, isic_folders, split_ids
+from dataset import decode_pairs, find_pairs, isic_folders, normalise, split_ids
 from model import UNet
 from processes import Processes
 from storage import UserError
@@ -195,4 +194,24 @@ def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
     at_once = validate(model, pairs, split.train, 100, 0.5, ALONE)
     for key in by_three:  # ragged batches weigh every image alike
         assert by_three[key] == pytest.approx(at_once[key], rel=1e-6)
-    assert math.isfinite(by_three["loss"])
+    images = torch.stack([torch.from_numpy(pairs.image(id).copy()) for id in split.train])
+    masks = torch.stack([torch.from_numpy(pairs.mask(id).copy()) for id in split.train])
+    with torch.no_grad():
+        probability = torch.sigmoid(model(normalise(images)).double())
+    assert by_three["loss"] == pytest.approx(log_loss(masks.flatten(), probability.flatten()), rel=1e-5)
+
+
+def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
+    # the first step of Adam moves every weight by the learning rate against the sign of its gradient, whatever its size
+    pairs, split = data
+    config = replace(CONFIG, epochs=1, batch_size=len(split.train), lr=1e-4, schedule="constant", augment="none", amp="fp32")
+    trained = dict(run(tmp_path, data, config).model.named_parameters())
+    torch.manual_seed(config.seed)
+    drawn = UNet(config.width, config.dropout).train()
+    moves = torch.cat([(trained[name] - before).flatten() for name, before in drawn.named_parameters()]).detach()
+    assert moves.abs().max() < 1.01e-4 and moves.abs().median() == pytest.approx(1e-4, rel=0.01)
+    # the gradient of the last bias under cross-entropy: predicted less true share of lesion
+    images, masks = (torch.stack([torch.from_numpy(part(id).copy()) for id in split.train]) for part in (pairs.image, pairs.mask))
+    with torch.no_grad():
+        excess = torch.sigmoid(drawn(normalise(images))).mean() - masks.float().mean()
+    assert abs(excess) > 0.01 and (trained["head.bias"] - drawn.head.bias) * excess < 0
