@@ -140,6 +140,8 @@ def finished_weights(source: Path, decides: Mapping[str, Any], free: Collection[
         UserError: there is no finished run, its weights are not those it was
             evaluated with, or it was trained in another way or on other data.
     """
+    if not (source / "metrics.json").is_file():
+        raise UserError(f"--weights-from {source} holds no finished run (no metrics.json); finish it, or name another folder")
     metrics, record = read_sealed(source / "metrics.json"), read_json(source / "config.json")
     best = source / "weights" / "best_model.pth"
     weights = state_fingerprint(load_checkpoint(best)["model"])

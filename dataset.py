@@ -64,8 +64,8 @@ def isic_folders(root: Path) -> tuple[Path, Path]:
     for name in (ISIC_IMAGES, ISIC_MASKS):
         if not (root / name).is_dir():
             raise UserError(
-                f"{root} has no folder {name}; unpack the ISIC 2018 Task 1 archives there, "
-                "or give --images DIR --masks DIR for another layout"
+                f"{root} has no folder {name}; unpack the ISIC 2018 Task 1 archives there "
+                "(--download goes on with what it began in data/ISIC2018), or give --images DIR --masks DIR for another layout"
             )
     return root / ISIC_IMAGES, root / ISIC_MASKS
 
@@ -177,7 +177,8 @@ def split_ids(
         train, validation = train_test_split(rest, test_size=validation_fraction, random_state=seed)
     except ValueError as error:
         raise UserError(
-            f"{len(ids)} images are too few to split into training, validation and test; use at least 8"
+            f"{len(ids)} images are too few to split into training, validation and test; use at least 8, "
+            "and --test-fraction and --validation-fraction that leave an image to each"
         ) from error
     return Split(sorted(train), sorted(validation), sorted(test))
 

@@ -35,7 +35,7 @@ class Heading(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-    """kind: "" or the name of a style: "lead", "synthetic", "note", "kicker"."""
+    """kind: "" or the name of a style: "lead", "synthetic", "note"."""
 
     text: Text
     kind: str = ""

@@ -45,7 +45,7 @@ def evaluate(validation, test, *, bins=15, lambdas=11, study=False, resamples=10
 
     Args:
         validation, test: re-iterables of (id, maps) as :mod:`counters` describes; read three times and once
-            (ten and three times with `study`).
+            (eleven and four times with `study`).
         bins: equal-width bins.
         lambdas: size of the lambda grid from 0 to 1.
         study: also the other fusion rules and normalisations, and whether saliency adds anything.

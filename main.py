@@ -220,13 +220,17 @@ def prepare_data(config: Config, source: Source, group: Processes) -> tuple[Deco
     split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed)
     cache = Path(config.cache or DATA / "cache")
 
-    def decode() -> None:
+    def decode() -> list[BadPair]:
+        refused: list[BadPair] | None = None if bad is None else []
         with bar("decoding images", len(found), "pair") as shown:
             waiting = partial(shown.write, file=sys.stderr)
-            decode_pairs(found, config.image_size, cache, shown.update, None if bad is None else [], waiting)
+            decode_pairs(found, config.image_size, cache, shown.update, refused, waiting)
+        return refused or []
 
-    group.shared(decode)
-    pairs = decode_pairs(found, config.image_size, cache, bad=bad)
+    refused = group.shared(decode)
+    broken = {entry.id for entry in refused}
+    pairs = decode_pairs([pair for pair in found if pair.id not in broken], config.image_size, cache)
+    bad = [*(bad or []), *refused]
     if bad:
         pairs.skipped = sorted(entry for entry in bad if entry.id in wanted)
         split = leave_out(split, {entry.id for entry in pairs.skipped})

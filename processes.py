@@ -87,16 +87,20 @@ def process_group(device: str) -> Iterator[Processes]:
     again on leaving.
 
     Args:
-        device: as for ``--device``; "auto" and "cuda" give each process the
-            CUDA device of its local rank.
+        device: as for ``--device``; where it stands for a CUDA device, whichever,
+            each process gets that of its local rank.
 
     Raises:
-        UserError: the device is absent, or there are more processes than CUDA devices on this machine.
+        UserError: the device is absent, there are more processes than CUDA
+            devices on this machine, or several were to share Metal, which gloo
+            knows nothing of.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes(0, 1, resolve_device(device))
         return
     chosen = resolve_device(device)
+    if chosen.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError("several processes cannot share Metal; start one, or give --device cpu")
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():

@@ -7,6 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -129,6 +130,11 @@ def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Ten
     return dice, jaccard
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision of that type; nothing for float32, about which some devices would warn."""
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, group: Processes,
@@ -141,7 +147,7 @@ def validate(
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     level = math.log(threshold / (1 - threshold))
     for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
@@ -253,7 +259,7 @@ def train(
             for site in sites:
                 site.rows, site.total = order.rows(step), sizes[step]
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with autocast(device, precision):
                 logits = network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
             # the own share of the global batch's mean; the gradients are averaged over processes, hence ``world``
             loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * (len(images) / sizes[step])
@@ -270,7 +276,7 @@ def train(
         by_step = group.summed(torch.stack(losses)).tolist()
         seconds = time.perf_counter() - started
         kept = f"the best weights so far are kept in {best_path}" if best_path.exists() else "no epoch was finished"
-        advice = f"{kept}; lower --lr and give --fresh or another --results"
+        advice = f"{kept}; lower --lr and give another --results folder, or --fresh, which starts this one over"
         bad = next((step for step, value in enumerate(by_step) if not math.isfinite(value)), None)
         if bad is not None:
             where = f"at step {bad + 1} of {len(order)} of epoch {epoch + 1}"

@@ -57,7 +57,7 @@ from model import DoubleConv, UNet
 
 #: ``drop(x, site, first)`` zeroes, in place, what the site's masks drop of x (n, C, h, w):
 #: rows first to first + n of the pass-major batch of all the passes asked for.
-Drop = Callable[[Tensor, int, int], Tensor]
+Drop = Callable[[Tensor, int, int], None]
 
 #: Channels from which exchanging upsampling and convolution, along the rows and along both axes, saves
 #: more products than the memory traffic it adds is worth, on a processor. Half precision halves what a

@@ -154,7 +154,10 @@ def compute_case(run: Path, pair: Pair | None, image: Path, id: str, device: tor
     pixels = read_image(image, config.image_size)
     truth = None if pair is None else read_mask(pair.mask, config.image_size)
     batch = normalise(torch.from_numpy(pixels)[None].to(device))
-    maps = uncertainty_maps(model, batch, image_ids=[id], **config.map_options(model))
+    try:
+        maps = uncertainty_maps(model, batch, image_ids=[id], **config.map_options(model))
+    except ValueError as error:  # an odd picture can overflow the network
+        raise UserError(f"{image}: {error}; no map of it can be drawn") from error
     arrays = {
         "mean_prediction": maps.mean_prediction[0], "pred_variance": maps.pred_variance[0],
         "saliency_variance": maps.saliency_variance[0],
@@ -220,6 +223,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
     if modes in (["gallery"], ["summary"]) and (args.id is not None or args.image is not None):
         raise UserError(f"--{modes[0]} is about the whole run; leave --id and --image out")
+    if args.seed is not None and (args.id is not None or args.image is not None or modes == ["summary"]):
+        raise UserError("--seed chooses among the test images; leave it out where --id, --image or --summary says what to draw")
     if args.summary and args.output is not None:
         raise UserError("--summary writes into the run's folder; leave --output out")
 
@@ -316,10 +321,9 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def has_display() -> bool:
-    """Whether a window can be opened."""
-    if sys.platform.startswith(("win", "darwin")):
-        return sys.stdout.isatty()
-    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    """Whether somebody is there and a window can be opened."""
+    windows = sys.platform.startswith(("win", "darwin")) or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(windows) and sys.stdout.isatty()
 
 
 def show(path: Path) -> None:

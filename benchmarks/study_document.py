@@ -8,6 +8,7 @@ docs/study/STUDY.template.md is the text; every number in it is a reference into
 
     {{seed-42: test.dice | number}}     one run
     {{seeds: test.dice | number}}       the three trainings, one after the other
+    {{seed-42: study.rules.min_max-noisy_or.foreground_ece | estimate}}   a rule by its name
     {{table: headline}}                 a table of this module
 """
 
@@ -53,6 +54,7 @@ ABLATIONS = {
 }
 KEPT_OF_ABLATIONS = ("ece", "signed_gap", "auroc", "minus_predictive_variance", "recalibrated", "mean_confidence")
 SCORES = tuple(SCORE_NAMES)
+SPLIT = ("split_seed", "test_fraction", "validation_fraction", "skipped")
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -96,14 +98,18 @@ def rounded(value: Any) -> Any:
 
 def collect_all(runs: Path, docs: Path) -> None:
     """Write docs/study/RUN.json of every run; the runs must be of the same images and split."""
-    data = {}
+    found, kinds = {}, {}
     for name in (*SEEDS, *ABLATIONS):
-        found = collect(runs / name, name in (*SEEDS, SMALL))
-        data[found["settings"]["data"]] = name
+        found[name] = collect(runs / name, name in (*SEEDS, SMALL))
+        settings = found[name]["settings"]
+        kinds[json.dumps([settings["data"], *(settings.get(key) for key in SPLIT)])] = name
+    if len(kinds) > 1:
+        raise UserError(
+            f"{', '.join(kinds.values())} in {runs} are of different images or splits; make them again in one folder"
+        )
+    for name, content in found.items():
         with whole_file(docs / "study" / f"{name}.json") as stream:
-            stream.write((json.dumps(found, separators=(",", ":")) + "\n").encode())
-    if len(data) > 1:
-        raise UserError(f"{', '.join(data.values())} in {runs} are of different images; make them again in one folder")
+            stream.write((json.dumps(content, separators=(",", ":")) + "\n").encode())
 
 
 def read_all(docs: Path) -> dict[str, dict[str, Any]]:
@@ -130,9 +136,18 @@ def render(template: str, runs: Runs) -> str:
         if source == "table":
             return to_markdown([TABLES[path](runs)], Path()).rstrip("\n")
         names = SEEDS if source == "seeds" else (source,)
-        return ", ".join(FORMATS[shown](Quotes(runs[name]).get(path)) for name in names)
+        return ", ".join(FORMATS[shown](Quotes(runs[name]).get(_numbered(path, runs[name]))) for name in names)
 
     return PLACEHOLDER.sub(quoted, template)
+
+
+def _numbered(path: str, run: Mapping[str, Any]) -> str:
+    """A path with the name of a rule, "study.rules.min_max-noisy_or", replaced by its place in the list."""
+    named = re.match(r"study\.rules\.(\w+)-(\w+)", path)
+    if named is None:
+        return path
+    index = [(rule["normalisation"], rule["rule"]) for rule in run["study"]["rules"]].index(named.groups())
+    return f"study.rules.{index}{path[named.end():]}"
 
 
 # ---------------------------------------------------------------- the tables
@@ -141,6 +156,11 @@ def render(template: str, runs: Runs) -> str:
 def _others(runs: Runs, path: str, shown: Callable[[Any], str]) -> str:
     """The values of the second and the third training."""
     return ", ".join(shown(Quotes(runs[name]).get(path)) for name in SEEDS[1:])
+
+
+def _share_of_one(quote: Quotes) -> str:
+    """Path of the share of resamples in which the largest λ of the grid, 1, wins."""
+    return f"validation.lambda_selection.share.{len(quote.get('validation.lambdas')) - 1}"
 
 
 def _seed(name: str) -> str:
@@ -175,7 +195,7 @@ def headline(runs: Runs) -> Table:
                        for score in ("fused", "saliency_variance"))
         rows.append([_seed(name), *scores, quote("lambda", "{:g}".format), *differences,
                      quote("test.foreground_ece_difference.fused_minus_predictive_variance.verdict", str),
-                     quote("validation.lambda_selection.share.10", percent)])
+                     quote(_share_of_one(quote), percent)])
     header = ("training seed", "predictive variance", "saliency variance", "fused", "λ", "fused − predictive",
               "saliency − predictive", "fusing", "λ = 1 in resamples")
     return Table("Foreground ECE on test, with 95 % intervals; the last column is the share of resamples of the validation "
@@ -261,7 +281,7 @@ def ablations(runs: Runs) -> Table:
                      quote("lambda", "{:g}".format),
                      quote.estimate("test.foreground_ece_difference.fused_minus_predictive_variance", True),
                      quote("test.foreground_ece_difference.fused_minus_predictive_variance.verdict", str),
-                     quote.estimate(isotonic, True), quote("validation.lambda_selection.share.10", percent)])
+                     quote.estimate(isotonic, True), quote(_share_of_one(quote), percent)])
     header = ("run", "test Dice", "ECE predictive", "ECE saliency", "ECE fused", "λ", "fused − predictive", "fusing",
               "the same, after isotonic", "λ = 1 in resamples")
     return Table("Small networks, short trainings: foreground ECE on test, with 95 % intervals", header, rows, (0, 7))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
 
 def test_config_says_what_made_the_run(finished, tiny):
     record = json.loads((finished / "config.json").read_text())
-    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["numpy"] == np.__version__
+    assert record["versions"]["torch"] == metadata.version("torch") and record["versions"]["numpy"] == np.__version__
     assert record["versions"]["python"] == platform.python_version()
     assert (record["device"], record["configuration"]["seed"], record["synthetic"], record["earlier"]) == ("cpu", 42, False, [])
     assert sum(len(ids) for ids in record["split"].values()) == 24
@@ -178,7 +179,7 @@ def test_weights_of_another_run_give_what_training_them_again_would(finished, ti
         (("--dropout", 0.4), None, "trained otherwise: dropout is 0.2 there and 0.4 here"),
         (("--seed", 1), None, "seed is 42 there and 1 here"),
         (("--limit", 20), None, "data is"),
-        ((), "metrics.json", "cannot read"),
+        ((), "metrics.json", "holds no finished run (no metrics.json)"),
         ((), "weights/best_model.pth", "there is no checkpoint"),
     ],
 )

@@ -18,6 +18,7 @@ from conftest import ROOT, TINY_FLAGS, command
 from torch import nn
 
 from processes import Processes, RowDropout, process_group, with_group_batch_norm, with_row_dropout
+from storage import FolderLock, UserError
 
 
 def torchrun(count: int, *arguments: object, cwd: Path) -> subprocess.Popen:
@@ -105,6 +106,15 @@ def test_a_killed_rank_ends_the_run_which_resumes_with_another_number_of_ranks(t
 # ---------------------------------------------------------------- the parts
 
 
+def test_a_folder_in_use_is_one_line_from_all_processes(tiny, tmp_path):
+    with FolderLock(tmp_path / "run"):
+        together = torchrun(2, "--data", tiny, "--results", tmp_path / "run", *FLAGS, cwd=tmp_path)
+        complaint = together.communicate(timeout=300)[1]
+    assert together.returncode != 0
+    assert complaint.count("is in use by another run") == 1 and "broadcast" not in complaint
+    assert "main.py\", line" not in complaint  # no traceback of ours; torchrun writes its own
+
+
 def test_alone_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with process_group("cpu") as group:
@@ -151,3 +161,11 @@ def test_group_batch_norm_of_one_is_pytorch_s(tmp_path):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     finally:
         dist.destroy_process_group()
+
+
+def test_several_processes_do_not_share_metal(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("processes.resolve_device", lambda name: torch.device("mps"))
+    with pytest.raises(UserError, match="cannot share Metal"), process_group("auto"):
+        pass

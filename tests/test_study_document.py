@@ -60,6 +60,9 @@ def test_numbers_are_collected_and_quoted(runs):
         "{{seed-43: test.foreground_ece.fused | number}} and {{seeds: lambda|short}} and {{ passes-5 : lambda | short }}", found
     )
     assert text == f"{exact:.4f} and 0, 0.01, 0.02 and 0.07"
+    rules = {(rule["normalisation"], rule["rule"]): rule for rule in found["seed-42"]["study"]["rules"]}
+    named = document.render("{{seed-42: study.rules.rank-maximum.foreground_ece.value | text}}", found)
+    assert named == str(rules["rank", "maximum"]["foreground_ece"]["value"])
     for name in document.TABLES:
         rows = document.render(f"{{{{table: {name}}}}}", found).splitlines()
         assert len(rows) >= 6 and len({line.count("|") for line in rows[2:]}) == 1
@@ -67,10 +70,11 @@ def test_numbers_are_collected_and_quoted(runs):
     assert len(list((docs / "study").glob("*.png"))) == 5
 
 
-def test_runs_of_different_images_do_not_go_together(runs):
+@pytest.mark.parametrize("other", [{"data": "other images"}, {"data": "the images", "split_seed": 1}])
+def test_runs_of_different_images_or_splits_do_not_go_together(runs, other):
     record = json.loads((runs / "passes-10" / "config.json").read_text())
-    write_json(runs / "passes-10" / "config.json", {**record, "decides": {"data": "other images"}})
-    with pytest.raises(UserError, match="are of different images"):
+    write_json(runs / "passes-10" / "config.json", {**record, "decides": other})
+    with pytest.raises(UserError, match="are of different images or splits"):
         document.collect_all(runs, runs.parent / "docs")
 
 
@@ -78,3 +82,5 @@ def test_a_reference_to_nothing_fails(runs):
     document.collect_all(runs, runs.parent / "docs")
     with pytest.raises(KeyError):
         document.render("{{seed-42: test.no_such_number | number}}", document.read_all(runs.parent / "docs"))
+    with pytest.raises(ValueError, match="no_such_rule"):
+        document.render("{{seed-42: study.rules.rank-no_such_rule.x | number}}", document.read_all(runs.parent / "docs"))
