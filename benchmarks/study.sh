@@ -5,7 +5,8 @@
 #   SIZE=paper benchmarks/study.sh DATA [NOTE]   the paper's configuration: for a GPU
 #
 # DATA is a folder in the ISIC 2018 Task 1 layout. NOTE is what a reader must know about the images; it is written on
-# every figure. Runs lie in results/study-cpu or results/study-paper (or $RESULTS), the numbers and the document in docs (or $DOCS).
+# every figure. Runs lie in results/study-cpu or results/study-paper (or $RESULTS). The numbers and the document, whose
+# text is about the CPU's size, go to docs; of the paper's size the numbers, tables and figures alone, beside the runs.
 # Stopped at any time, the same command goes on from there; what is finished is not made again.
 set -euo pipefail
 data=$(realpath "${1:?usage: benchmarks/study.sh DATA [NOTE]}")
@@ -14,8 +15,8 @@ cd "$(dirname "$0")/.."
 size_name=${SIZE:-cpu}
 results=${RESULTS:-results/study-$size_name}
 case $size_name in
-  cpu) size=(--quick --width 32 --epochs 30) ;;
-  paper) size=() ;;
+  cpu) size=(--quick --width 32 --epochs 30) document=(--docs docs) ;;
+  paper) size=() document=(--docs "$results" --numbers-only) ;;
   *) echo "SIZE must be cpu or paper, not $size_name" >&2; exit 2 ;;
 esac
 small=(--quick --epochs 8)
@@ -43,4 +44,4 @@ done
 run heatmap-unscaled "${small[@]}" --cam-scale none --weights-from "$trained"
 run heatmap-bottleneck "${small[@]}" --target-layer bottleneck --weights-from "$trained"
 
-python benchmarks/study_document.py --runs "$results" --docs "${DOCS:-docs}"
+python benchmarks/study_document.py --runs "$results" "${document[@]}"

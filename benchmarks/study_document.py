@@ -2,9 +2,10 @@
 
     python benchmarks/study_document.py --runs results/study-cpu   # collect the numbers, then write the document
     python benchmarks/study_document.py                            # write it again from the committed numbers
+    python benchmarks/study_document.py --runs RUNS --docs FOLDER --numbers-only   # tables and figures of other runs
 
 docs/study/RUN.json holds what the document needs of a run's metrics.json, rounded to six significant digits.
-docs/study/STUDY.template.md is the text; every number in it is a reference into those files:
+docs/study/STUDY.template.md is the text, about the committed runs; every number in it is a reference into those files:
 
     {{seed-42: test.dice | number}}     one run
     {{seeds: test.dice | number}}       the three trainings, one after the other
@@ -26,6 +27,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = ROOT / "docs" / "study" / "STUDY.template.md"
 sys.path.insert(0, str(ROOT))
 
 from charts import (  # noqa: E402
@@ -121,10 +123,15 @@ def read_all(docs: Path) -> dict[str, dict[str, Any]]:
 
 FORMATS: dict[str, Callable[[Any], str]] = {
     "number": number, "signed": signed, "span": span, "signed_span": signed_span, "count": count, "percent": percent,
-    "text": str, "short": "{:g}".format,
+    "text": lambda value: "no note" if value is None else str(value), "short": "{:g}".format,
     "estimate": lambda entry: f"{number(entry['value'])} ({span(entry['interval'])})",
     "signed_estimate": lambda entry: f"{signed(entry['value'])} ({signed_span(entry['interval'])})",
 }
+NUMBERS_ONLY = """# The study in numbers
+
+Images: {{seed-42: data_note | text}}. Width {{seed-42: settings.width | count}}, {{seed-42: settings.image_size | count}} pixels,
+{{seeds: training.epochs | count}} epochs, T = {{seed-42: settings.passes | count}}.
+"""
 PLACEHOLDER = re.compile(r"\{\{\s*([\w.-]+)\s*:\s*([\w.-]+)\s*(?:\|\s*(\w+)\s*)?\}\}")
 
 
@@ -362,8 +369,8 @@ def all_runs(runs: Runs) -> Figure:
     return stamped(figure, runs[SEEDS[0]])
 
 
-def draw_figures(runs: Runs, docs: Path) -> None:
-    """Draw the figures of the document into docs/study, from the numbers alone."""
+def draw_figures(runs: Runs, docs: Path) -> list[str]:
+    """Draw the figures of the document into docs/study, from the numbers alone; returns their names."""
     first = SavedRun(docs, runs[SEEDS[0]], {}, [], [])
     drawn: dict[str, Callable[[], Figure]] = {
         "reliability": lambda: reliability_figure(first), "risk_coverage": lambda: risk_coverage_figure(first),
@@ -372,18 +379,24 @@ def draw_figures(runs: Runs, docs: Path) -> None:
     for name, draw in drawn.items():
         with matplotlib.rc_context(STYLE):
             save_figure(draw(), docs / "study" / f"{name}.png")
+    return list(drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder with the results folder of every run")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--numbers-only", action="store_true", help="leave out the text, which is about the committed runs")
     args = parser.parse_args(argv)
     if args.runs is not None:
         collect_all(args.runs, args.docs)
     runs = read_all(args.docs)
-    draw_figures(runs, args.docs)
-    template = (args.docs / "study" / "STUDY.template.md").read_text(encoding="utf-8")
+    figures = draw_figures(runs, args.docs)
+    if args.numbers_only:
+        tables = (f"{{{{table: {name}}}}}\n" for name in TABLES)
+        template = "\n".join([NUMBERS_ONLY, *tables, *(f"![{name}](study/{name}.png)\n" for name in figures)])
+    else:
+        template = TEMPLATE.read_text(encoding="utf-8")
     with whole_file(args.docs / "STUDY.md") as stream:
         stream.write(render(template, runs).encode())
     print(f"wrote {args.docs / 'STUDY.md'} from the numbers of {len(runs)} runs")

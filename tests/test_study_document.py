@@ -25,7 +25,7 @@ def runs(saved, tmp_path):
     """Results folders of all the runs of the study, from one of constructed maps."""
     metrics = read_sealed(saved / "metrics.json")
     del metrics["checksum"]
-    record = {**read_json(saved / "config.json"), "decides": {"data": "the images", "passes": 30}}
+    record = {**read_json(saved / "config.json"), "decides": {"data": "the images", "passes": 30, "width": 16, "image_size": 128}}
     for index, name in enumerate(NAMES):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
@@ -68,6 +68,13 @@ def test_numbers_are_collected_and_quoted(runs):
         assert len(rows) >= 6 and len({line.count("|") for line in rows[2:]}) == 1
     document.draw_figures(found, docs)
     assert len(list((docs / "study").glob("*.png"))) == 5
+
+
+def test_other_runs_give_a_document_without_the_text_about_the_committed_ones(runs):
+    document.main(["--runs", str(runs), "--docs", str(runs.parent / "docs"), "--numbers-only"])
+    text = (runs.parent / "docs" / "STUDY.md").read_text(encoding="utf-8")
+    assert "Width 16, 128 pixels" in text and "tiny discs" in text and "{{" not in text
+    assert text.count("| --- |") >= len(document.TABLES) and all(f"study/{name}.png" in text for name in ("forest", "all_runs"))
 
 
 @pytest.mark.parametrize("other", [{"data": "other images"}, {"data": "the images", "split_seed": 1}])
