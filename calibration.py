@@ -173,8 +173,8 @@ def expected_calibration_error(count, correct, confidence) -> np.ndarray:
     """``sum_b n_b / N * |accuracy_b - mean confidence_b|``; NaN where N = 0, an empty bin adds nothing.
 
     The plug-in estimate is biased upwards: the absolute value of noise is positive, so that even a
-    perfectly calibrated score shows about ``sqrt(B / N)`` for N independent pixels (and more for the
-    correlated pixels of one image). Compare scores on the same pixels, and read a value of one image with care.
+    perfectly calibrated score shows up to about ``0.4 sqrt(B / N)`` for N independent pixels (and more for
+    the correlated pixels of one image). Compare scores on the same pixels, and read a value of one image with care.
     Naeini et al., AAAI 2015; Guo et al., ICML 2017.
     """
     return _divide(np.abs(np.asarray(correct) - confidence).sum(-1), np.asarray(count).sum(-1))

@@ -124,6 +124,7 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def save_best(path: Path, content: Mapping[str, Any], done: Mapping[str, Any]) -> None:
+    """Save the weights of the best epoch so far, with its number and validation Dice."""
     best = {key: content[key] for key in ("model", "options", "identity")}
     save_checkpoint(path, {**best, "epoch": done["best_epoch"], "validation_dice": done["best"]})
 

@@ -85,7 +85,7 @@ class Config:
     resamples: int = _option(10_000, "bootstrap resamples of the images", "calibration", int, low=100)
     study: bool = _flag("also compare all fusion rules and normalisations, and ask what saliency adds", "calibration")
 
-    results: str | None = _option(None, "folder for everything this run writes [results/<dataset>]", "run")
+    results: str | None = _option(None, "folder for everything this run writes [results/<dataset>, or results/<dataset>-quick]", "run")
     seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
     fresh: bool = _flag("delete what another configuration left in the results folder and start over", "run")
     quiet: bool = _flag("no progress bars and no line per stage: only the result, warnings and errors", "run")
