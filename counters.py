@@ -75,6 +75,7 @@ class Counters:
         lambda_count, lambda_confidence (I, L, 2, B): wrong and correct pixels of the ground-truth
         foreground under convex fusion at every lambda;
         clipped (I, 2) int64: pixels of predictive and saliency variance outside the normalisation's range;
+        largest (I, 2) float64: the largest predictive and saliency variance of the image;
         cells (I, S, A, Q) int32: pixels by quantile cell, where the cells were given;
         empty_cams (I,) int64, where the maps said so (-1 where they did not).
     `pooled` (summed over images):
@@ -312,6 +313,7 @@ def _scores_of_image(flat: dict, fusion: Fusion, bins: int, fine: torch.Tensor, 
         sums = here if sums is None else {name: sums[name] + here[name] for name in here}
     result = {name: value.numpy() for name, value in sums.items()}
     result["clipped"] = np.array(clipped, dtype=np.int64)
+    result["largest"] = np.array([float(flat[name].max()) for name in (PREDICTIVE, SALIENCY)])
     return result
 
 

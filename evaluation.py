@@ -45,7 +45,7 @@ def evaluate(validation, test, *, bins=15, lambdas=11, study=False, resamples=10
 
     Args:
         validation, test: re-iterables of (id, maps) as :mod:`counters` describes; read three times and once
-            (eleven and four times with `study`).
+            (fourteen and five times with `study`).
         bins: equal-width bins.
         lambdas: size of the lambda grid from 0 to 1.
         study: also the other fusion rules and normalisations, and whether saliency adds anything.
@@ -187,7 +187,18 @@ def summary(validation: Counters, test: Counters, fusion: Fusion, *, resamples=1
         },
     }
     result["validation"]["lambda_selection"] = lambda_selection(validation, resamples, seed)
+    largest = validation.images["largest"]
+    result["validation"]["range_set_by"] = {
+        name: widest(validation.ids, largest[:, index]) for index, name in enumerate((PREDICTIVE, SALIENCY))
+    }
     return jsonable(result)
+
+
+def widest(ids, largest) -> dict:
+    """The image with the largest of the values (I,), that value, and the largest of the other images (NaN without others)."""
+    first = int(np.argmax(largest))
+    others = np.delete(largest, first)
+    return {"image": ids[first], "largest": largest[first], "largest_elsewhere": others.max() if len(others) else np.nan}
 
 
 def _overlaps(counters: Counters, resamples: int, seed: int) -> dict:
@@ -221,7 +232,7 @@ def _curve(counters: Counters, resamples: int, seed: int) -> dict:
 
 
 def lambda_selection(validation: Counters, resamples: int, seed: int) -> dict:
-    """Share of the validation resamples in which each lambda would have been chosen."""
+    """Share of the validation resamples in which each lambda would have been chosen, the scale of both variances being kept."""
     arrays = {name: validation.images[name] for name in ("lambda_count", "lambda_confidence")}
     errors = bootstrap(arrays, lambda summed: {"ece": lambda_errors(summed)}, resamples, seed)["ece"]
     errors = errors[~np.isnan(errors).any(1)]

@@ -21,6 +21,7 @@ from storage import UserError, printable, whole_file
 
 FEW_IMAGES = 50
 LOW_DICE = 0.7
+EXTREME = 2.0  # an image whose largest variance is this many times that of any other sets the scale alone
 REGION_NAMES = {
     "foreground": "inside the true lesions", "predicted_foreground": "inside the predicted lesions",
     "union": "inside either", "whole_image": "whole images",
@@ -189,6 +190,14 @@ def warnings(run: SavedRun, quote: Quotes) -> list[Text]:
     if metrics["lambda"] in (0, 1):
         other = "predictive" if metrics["lambda"] == 1 else "saliency"
         found.append(["The tuned λ is ", quote("lambda", "{:g}".format), f": the fused score is {other} variance alone."])
+    for key, name in (("pred_variance", "predictive"), ("saliency_variance", "saliency")):
+        entry = metrics["validation"].get("range_set_by", {}).get(key)
+        if entry and is_number(entry["largest_elsewhere"]) and entry["largest"] > EXTREME * entry["largest_elsewhere"]:
+            path = f"validation.range_set_by.{key}"
+            found.append([
+                "One validation image, ", quote(f"{path}.image", str), f", sets the scale of the {name} variance: its largest ",
+                "value, ", quote(f"{path}.largest"), ", is far above that of any other, ", quote(f"{path}.largest_elsewhere"),
+                ". The confidence of every pixel and the choice of λ rest on it."])
     clipped = metrics["test"]["clipped_pixels"]
     if any(clipped.values()):
         found.append([
@@ -354,6 +363,20 @@ def _study(quote: Quotes) -> list[Block]:
         if (rule["normalisation"], rule["rule"]) == ("min_max", "predictive"):
             answer = ["reference", ""]
         rules.append([rule["normalisation"].replace("_", "-"), label, quote.estimate(f"{path}.foreground_ece"), *answer])
+    scale = []
+    if quote.get("study").get("without_widest_image"):
+        path = "study.without_widest_image"
+        scale = [
+            Heading(3, "Without the image that sets the scale"),
+            Paragraph([
+                "Of all validation images, ", quote(f"{path}.image", str), " has the largest saliency variance, ",
+                quote(f"{path}.largest"), " (elsewhere at most ", quote(f"{path}.largest_elsewhere"), "), and so sets the scale "
+                "of the saliency score. Without it λ = ", quote(f"{path}.lambda", "{:g}".format), " would have been chosen; on "
+                "test the foreground ECE of the fused score minus that of predictive variance would be ",
+                *quote.estimate(f"{path}.foreground_ece_difference.fused_minus_predictive_variance", True),
+                ", that of saliency variance ",
+                *quote.estimate(f"{path}.foreground_ece_difference.saliency_variance_minus_predictive_variance", True), "."]),
+        ]
     return [
         Heading(2, "Beyond the paper's fusion", "study"),
         Heading(3, "Normalisations and fusion rules"),
@@ -369,6 +392,7 @@ def _study(quote: Quotes) -> list[Block]:
             "there by models that do not know this label says nothing, and those that know it cannot gain."),
         *(_added_value(quote, key, words) for key, words in (
             ("added_value", "Logistic models"), ("added_value_of_trees", "Boosted trees"))),
+        *scale,
     ]
 
 

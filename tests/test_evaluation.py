@@ -136,6 +136,14 @@ def test_recalibration_is_that_of_scikit_learn_fitted_on_validation():
     assert entry["platt"]["ece"]["value"] == pytest.approx(errors[0], abs=0.03)
 
 
+def test_the_image_that_sets_the_range_is_named(splits, found):
+    for key in ("pred_variance", "saliency_variance"):
+        largest = sorted(((float(maps[key].max()), identifier) for identifier, maps in splits[0]), reverse=True)
+        entry = found.metrics["validation"]["range_set_by"][key]
+        assert (entry["largest"], entry["image"], entry["largest_elsewhere"]) == (*largest[0], largest[1][0])
+        assert entry["largest"] == found.metrics["normalisation"][key][1]
+
+
 def test_intervals_hold_their_estimates(found):
     table = found.metrics["test"]["regions"]["whole_image"]["scores"]
     for name in found.test.scores:

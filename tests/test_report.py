@@ -143,12 +143,19 @@ def test_warnings_name_what_limits_the_numbers(run):
                            clipped_pixels={"pred_variance": 14, "saliency_variance": 1024})
     metrics["test"]["dice"] = 0.51
     metrics["skipped"] = [{"id": "x <b>", "reason": "no mask"}]
+    narrow = {"image": "a", "largest": 0.5, "largest_elsewhere": 0.4}
+    metrics["validation"]["range_set_by"] = {
+        "pred_variance": narrow, "saliency_variance": {"image": "wide", "largest": 0.2, "largest_elsewhere": 0.01}
+    }
     said = page(changed(run, **metrics)).text
     for part in ("synthetic lesions, drawn", "tiny discs", "2 of 6 test images have no lesion", "7 of 180 Grad-CAM",
                  "3 test images overflowed", "14 pixels of the predictive and 1,024 of the saliency", "Only 6 test images",
-                 "Only 4 validation images", "segments badly (test Dice 0.5100)",
+                 "Only 4 validation images",
+                 "One validation image, wide, sets the scale of the saliency variance", "segments badly (test Dice 0.5100)",
                  "Pairs left out, 1 in all: x <b> (no mask).", "image size 32 (default: 256)"):
         assert part in said, part
+    assert "sets the scale of the predictive" not in said
+    metrics["validation"]["range_set_by"]["saliency_variance"] = narrow
     metrics["test"].update(images_without_foreground=0, empty_cams=0, precision_fallbacks=0, images=519,
                            clipped_pixels={"pred_variance": 0, "saliency_variance": 0})
     metrics["validation"].update(empty_cams=0, images_without_foreground=0, images=260)

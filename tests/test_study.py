@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from constructed_maps import constructed_images, label_copies, make_images
+from constructed_maps import Images, constructed_images, label_copies, make_images
 
 from calibration import REGIONS
 from counters import checked_maps, merge
@@ -15,6 +15,7 @@ from study import (
     fit_error_models,
     model_edges,
     run_study,
+    without_widest_image,
 )
 
 
@@ -45,6 +46,24 @@ def test_rules_with_saliency_win_where_it_is_informative(informative):
     assert rows["min_max", "predictive"]["minus_predictive_variance"]["value"] == 0
     assert rows["min_max", "logistic"]["baseline"] == "logistic_predictive"
     assert rows["rank", "predictive"]["minus_baseline"]["verdict"] == "no difference shown"
+
+
+def test_one_image_can_set_the_scale_and_the_study_says_what_it_would_be_without_it():
+    validation, test = (constructed_images(15, "informative", seed=seed) for seed in (1, 2))
+    extreme = validation.items[4]
+    extreme[1]["saliency_variance"][0, 0] = 25.0  # 200 times the largest elsewhere: all other pixels become certain
+    with_it = evaluate(validation, test, study=True, resamples=200).metrics
+    without_it = evaluate(Images(validation.items[:4] + validation.items[5:]), test, resamples=200).metrics
+    found = with_it["study"]["without_widest_image"]
+    assert found["image"] == extreme[0] and found["largest"] == 25.0 and found["largest_elsewhere"] <= 0.125
+    assert with_it["lambda"] > 0.5 and found["lambda"] == without_it["lambda"] == 0.5
+    assert found["foreground_ece"] == without_it["test"]["foreground_ece"]
+    for name, difference in found["foreground_ece_difference"].items():
+        assert difference == without_it["test"]["foreground_ece_difference"][name]
+
+
+def test_there_is_nothing_without_the_only_image():
+    assert without_widest_image(constructed_images(1, "noise", seed=1), constructed_images(3, "noise", seed=2)) is None
 
 
 def test_fusions_are_counted_alike_in_shards():
