@@ -122,8 +122,9 @@ def read_all(docs: Path) -> dict[str, dict[str, Any]]:
 # ---------------------------------------------------------------- the text
 
 FORMATS: dict[str, Callable[[Any], str]] = {
-    "number": number, "signed": signed, "span": span, "signed_span": signed_span, "count": count, "percent": percent,
-    "text": lambda value: "no note" if value is None else str(value), "short": "{:g}".format,
+    "number": number, "magnitude": lambda value: number(abs(value)), "signed": signed, "span": span, "signed_span": signed_span,
+    "count": count, "percent": percent, "short": "{:g}".format,
+    "text": lambda value: "no note" if value is None else str(value),
     "estimate": lambda entry: f"{number(entry['value'])} ({span(entry['interval'])})",
     "signed_estimate": lambda entry: f"{signed(entry['value'])} ({signed_span(entry['interval'])})",
 }
@@ -283,15 +284,18 @@ def ablations(runs: Runs) -> Table:
     rows = []
     for name, words in ABLATIONS.items():
         quote = Quotes(runs[name])
-        isotonic = "test.regions.foreground.scores.fused.recalibrated.isotonic.minus_predictive_variance.ece"
-        rows.append([words, quote("test.dice"), *(quote(f"test.foreground_ece.{score}") for score in SCORES[:3]),
+        isotonic = "test.regions.foreground.scores.fused.recalibrated.isotonic.minus_predictive_variance"
+        confidence = (quote(f"test.regions.foreground.scores.{score}.mean_confidence") for score in SCORES[:2])
+        rows.append([words, quote("test.dice"), *confidence, *(quote(f"test.foreground_ece.{score}") for score in SCORES[:3]),
                      quote("lambda", "{:g}".format),
                      quote.estimate("test.foreground_ece_difference.fused_minus_predictive_variance", True),
                      quote("test.foreground_ece_difference.fused_minus_predictive_variance.verdict", str),
-                     quote.estimate(isotonic, True), quote(_share_of_one(quote), percent)])
-    header = ("run", "test Dice", "ECE predictive", "ECE saliency", "ECE fused", "λ", "fused − predictive", "fusing",
-              "the same, after isotonic", "λ = 1 in resamples")
-    return Table("Small networks, short trainings: foreground ECE on test, with 95 % intervals", header, rows, (0, 7))
+                     quote.estimate(f"{isotonic}.ece", True), quote.estimate(f"{isotonic}.log_loss", True),
+                     quote(_share_of_one(quote), percent)])
+    header = ("run", "test Dice", "mean confidence, predictive", "mean confidence, saliency", "ECE predictive", "ECE saliency",
+              "ECE fused", "λ", "fused − predictive", "fusing", "fused − predictive, isotonic", "the same, log loss in nats",
+              "λ = 1 in resamples")
+    return Table("Small networks, short trainings: foreground ECE on test, with 95 % intervals", header, rows, (0, 9))
 
 
 CLAIMS = (
@@ -348,8 +352,8 @@ def lambda_curves(runs: Runs) -> Figure:
         ax.axvline(metrics["lambda"], color="0.3", linewidth=1, linestyle="dotted")
         ax.set_title(f"training seed {_seed(name)}, chosen λ = {metrics['lambda']:g}", fontsize=10)
         ax.set(xlabel="λ", ylabel="foreground ECE" if name == SEEDS[0] else "")
-        ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, loc="lower left")
+    ax.set_ylim(bottom=0)  # of all three; set earlier it would cut off what is drawn later
+    ax.legend(frameon=False, loc="lower right")
     return stamped(figure, runs[SEEDS[0]])
 
 

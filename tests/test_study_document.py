@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study_document as document  # noqa: E402
 
+from formats import number, percent, signed  # noqa: E402
 from storage import UserError, read_json, read_sealed, seal, write_json  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -18,6 +19,11 @@ TEMPLATE = DOCS / "study" / "STUDY.template.md"
 NAMES = (*document.SEEDS, *document.ABLATIONS)
 # settings of the experiment, which the text may name
 SETTINGS = {"0.1", "0.2", "0.3", "0.5"}
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return document.read_all(DOCS)
 
 
 @pytest.fixture
@@ -41,6 +47,54 @@ def test_the_template_has_no_result_typed_by_hand():
     text = document.PLACEHOLDER.sub("", TEMPLATE.read_text(encoding="utf-8"))
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     assert set(re.findall(r"\d+\.\d+", text)) <= SETTINGS
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+def test_the_document_is_what_the_committed_numbers_say(committed):
+    text = (DOCS / "STUDY.md").read_text(encoding="utf-8")
+    assert text == document.render(TEMPLATE.read_text(encoding="utf-8"), committed)
+    assert "{{" not in text and "not defined" not in text
+
+
+def test_every_number_of_the_document_is_found_in_the_metrics(committed):
+    # independent of how the document is made: every decimal is the rounding of some number of some run
+    values = [value for run in committed.values() for value in leaves(run)]
+    known = {shown(value).lstrip("+-") for value in values for shown in (number, percent, signed, "{:g}".format)} | SETTINGS
+    text = re.sub(r"`[^`\n]*`|```.*?```|\]\([^)]*\)", "", (DOCS / "STUDY.md").read_text(encoding="utf-8"), flags=re.S)
+    quoted = re.findall(r"\d+\.\d+(?: %)?", text)
+    assert len(quoted) > 500
+    assert [one for one in quoted if one not in known] == []
+
+
+def test_what_the_text_says_of_all_runs_is_so(committed):
+    for run in committed.values():
+        scores = run["test"]["regions"]["foreground"]["scores"]
+        saliency_is_lower = scores["saliency_variance"]["mean_confidence"] < scores["predictive_variance"]["mean_confidence"]
+        fused = run["test"]["foreground_ece_difference"]["fused_minus_predictive_variance"]
+        assert (fused["verdict"] == "improves") == saliency_is_lower
+        recalibrated = scores["fused"]["recalibrated"]["isotonic"]["minus_predictive_variance"]["log_loss"]
+        assert run["lambda"] == 1 or recalibrated["interval"][0] > 0
+
+
+def test_the_committed_numbers_are_of_one_study_and_small(committed):
+    assert len({run["settings"]["data"] for run in committed.values()}) == 1
+    assert len({run["settings"]["split_seed"] for run in committed.values()}) == 1
+    assert [committed[name]["settings"]["seed"] for name in document.SEEDS] == [42, 43, 44]
+    for run in committed.values():
+        assert run["validation"]["images"] == 260 and run["test"]["images"] == 519 and run["synthetic"] is False
+        assert "centre-cropped" in run["data_note"]
+    assert sum(path.stat().st_size for path in (DOCS / "study").iterdir()) < 3 * 2**20
+    assert not re.search(r"/(work|home|root|tmp)/", "".join(path.read_text() for path in (DOCS / "study").glob("*.json")))
 
 
 def test_numbers_are_collected_and_quoted(runs):
@@ -68,6 +122,16 @@ def test_numbers_are_collected_and_quoted(runs):
         assert len(rows) >= 6 and len({line.count("|") for line in rows[2:]}) == 1
     document.draw_figures(found, docs)
     assert len(list((docs / "study").glob("*.png"))) == 5
+
+
+def test_all_three_curves_are_inside_the_figure(runs):
+    document.collect_all(runs, runs.parent / "docs")
+    found = document.read_all(runs.parent / "docs")
+    found["seed-43"]["test"]["foreground_ece_by_lambda"] = [3 * x for x in found["seed-43"]["test"]["foreground_ece_by_lambda"]]
+    axes = document.lambda_curves(found).axes
+    for ax in axes:
+        assert ax.get_ylim()[0] == 0
+        assert ax.get_ylim()[1] >= max(found["seed-43"]["test"]["foreground_ece_by_lambda"])
 
 
 def test_other_runs_give_a_document_without_the_text_about_the_committed_ones(runs):
