@@ -59,7 +59,6 @@ from visualize import draw_run
 
 DATA = Path("data")
 RESULTS = Path("results")
-ENVIRONMENT = ("device", "device_name", "versions")  # what config.json says of the machine
 SYNTHETIC_BANNER = """\
 ************************************************************************
 *  SYNTHETIC LESIONS. No dataset was named, and data/ISIC2018 is not   *
@@ -259,7 +258,12 @@ def claim_results(
         if Path(config.weights_from).resolve() == results.resolve():
             raise UserError(f"--weights-from names {results}, where this run would write; give another --results folder")
         decides["weights"] = finished_weights(Path(config.weights_from), decides, AFTER_TRAINING)
-    record: dict[str, Any] = {
+    environment = {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": versions(),
+    }
+    record = {
         "configuration": config.to_dict(),
         "identity": fingerprint(decides),
         "decides": decides,
@@ -267,9 +271,7 @@ def claim_results(
         "images": str(source.images.resolve()),
         "masks": str(source.masks.resolve()),
         "data_fingerprint": pairs.fingerprint(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": versions(),
+        **environment,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "split": split._asdict(),
         "skipped": [entry._asdict() for entry in pairs.skipped],
@@ -293,9 +295,8 @@ def claim_results(
                 "choose another --results folder, or give --fresh to delete that run and start over"
             )
         # weights and maps that are used again may come from other versions or another device
-        for other in (*old.get("earlier", []), {key: old.get(key) for key in ENVIRONMENT}):
-            if other not in record["earlier"] and other != {key: record[key] for key in ENVIRONMENT}:
-                record["earlier"].append(other)
+        known = [*old.get("earlier", []), {key: old.get(key) for key in environment}]
+        record["earlier"] = [entry for place, entry in enumerate(known) if entry not in (environment, *known[:place])]
     else:  # what is there cannot be this run's
         unfinish(results)
     write_json(path, record)

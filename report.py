@@ -363,20 +363,6 @@ def _study(quote: Quotes) -> list[Block]:
         if (rule["normalisation"], rule["rule"]) == ("min_max", "predictive"):
             answer = ["reference", ""]
         rules.append([rule["normalisation"].replace("_", "-"), label, quote.estimate(f"{path}.foreground_ece"), *answer])
-    scale = []
-    if quote.get("study").get("without_widest_image"):
-        path = "study.without_widest_image"
-        scale = [
-            Heading(3, "Without the image that sets the scale"),
-            Paragraph([
-                "Of all validation images, ", quote(f"{path}.image", str), " has the largest saliency variance, ",
-                quote(f"{path}.largest"), " (elsewhere at most ", quote(f"{path}.largest_elsewhere"), "), and so sets the scale "
-                "of the saliency score. Without it λ = ", quote(f"{path}.lambda", "{:g}".format), " would have been chosen; on "
-                "test the foreground ECE of the fused score minus that of predictive variance would be ",
-                *quote.estimate(f"{path}.foreground_ece_difference.fused_minus_predictive_variance", True),
-                ", that of saliency variance ",
-                *quote.estimate(f"{path}.foreground_ece_difference.saliency_variance_minus_predictive_variance", True), "."]),
-        ]
     return [
         Heading(2, "Beyond the paper's fusion", "study"),
         Heading(3, "Normalisations and fusion rules"),
@@ -392,7 +378,24 @@ def _study(quote: Quotes) -> list[Block]:
             "there by models that do not know this label says nothing, and those that know it cannot gain."),
         *(_added_value(quote, key, words) for key, words in (
             ("added_value", "Logistic models"), ("added_value_of_trees", "Boosted trees"))),
-        *scale,
+        *_without_widest_image(quote),
+    ]
+
+
+def _without_widest_image(quote: Quotes) -> list[Block]:
+    path = "study.without_widest_image"
+    if not quote.get("study").get("without_widest_image"):
+        return []
+    return [
+        Heading(3, "Without the image that sets the scale"),
+        Paragraph([
+            "Of all validation images, ", quote(f"{path}.image", str), " has the largest saliency variance, ",
+            quote(f"{path}.largest"), " (elsewhere at most ", quote(f"{path}.largest_elsewhere"), "), and so sets the scale "
+            "of the saliency score. Without it λ = ", quote(f"{path}.lambda", "{:g}".format), " would have been chosen; on "
+            "test the foreground ECE of the fused score minus that of predictive variance would be ",
+            *quote.estimate(f"{path}.foreground_ece_difference.fused_minus_predictive_variance", True),
+            ", that of saliency variance ",
+            *quote.estimate(f"{path}.foreground_ece_difference.saliency_variance_minus_predictive_variance", True), "."]),
     ]
 
 

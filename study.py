@@ -39,6 +39,7 @@ from fusion import (
     fuse,
     lambda_grid,
 )
+from measures import estimate
 from ranking import FINE_CELLS, add_histogram, fine_cell, quantile_edges, quantile_table
 
 BASELINE = "predictive"
@@ -124,7 +125,7 @@ def fusion_table(candidates: list, validation: Counters, test: Counters, resampl
                 "rule": rule,
                 "parameter": candidates[index].parameter,
                 "validation_foreground_ece": validation_errors[index],
-                "foreground_ece": {"value": point[index], "interval": interval(samples[:, column[key]])},
+                "foreground_ece": estimate(point[index], samples[:, column[key]]),
                 "minus_predictive_variance": difference(key, ("min_max", BASELINE)),
                 "baseline": baseline,
                 "minus_baseline": difference(key, (normalisation, baseline)),
@@ -285,7 +286,7 @@ def compare_models(names: tuple, arrays: dict, exact_auroc: np.ndarray, resample
         for model in MODELS:
             index = position[f"{region}/{model}"]
             result[region]["models"][model] = {
-                measure: {"value": point[measure][index], "interval": interval(samples[measure][:, index])} for measure in point
+                measure: estimate(point[measure][index], samples[measure][:, index]) for measure in point
             }
         for first, second in PAIRS:
             entry = {}
@@ -343,11 +344,8 @@ def without_widest_image(validation, test, *, bins=15, lambdas=11, resamples=10_
     place = {"predictive_variance": -1, "saliency_variance": 0, "fused": grid.index(fusion.parameter)}
     differences = {}
     for name in ("fused", "saliency_variance"):
-        bounds = interval(samples[:, place[name]] - samples[:, -1])
-        value = errors[place[name]] - errors[-1]
-        differences[f"{name}_minus_predictive_variance"] = {
-            "value": value, "interval": bounds, "verdict": verdict(value, *bounds)
-        }
+        entry = estimate(errors[place[name]] - errors[-1], samples[:, place[name]] - samples[:, -1])
+        differences[f"{name}_minus_predictive_variance"] = {**entry, "verdict": verdict(entry["value"], *entry["interval"])}
     return jsonable({
         **found, "lambda": fusion.parameter, "foreground_ece": {name: errors[index] for name, index in place.items()},
         "foreground_ece_difference": differences,

@@ -35,6 +35,11 @@ def run(folder, data, config=CONFIG, progress=lambda count, note: None):
     return train(config, pairs, split.train, split.validation, ALONE, folder, "identity", progress)
 
 
+def stacked(pairs, ids):
+    """Images and masks of these ids, as tensors."""
+    return (torch.stack([torch.from_numpy(part(id).copy()) for id in ids]) for part in (pairs.image, pairs.mask))
+
+
 def test_overlap_against_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     prediction, truth = (torch.rand(5, 9, 7, generator=generator) > 0.6 for _ in range(2))
@@ -194,8 +199,7 @@ def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
     at_once = validate(model, pairs, split.train, 100, 0.5, ALONE)
     for key in by_three:  # ragged batches weigh every image alike
         assert by_three[key] == pytest.approx(at_once[key], rel=1e-6)
-    images = torch.stack([torch.from_numpy(pairs.image(id).copy()) for id in split.train])
-    masks = torch.stack([torch.from_numpy(pairs.mask(id).copy()) for id in split.train])
+    images, masks = stacked(pairs, split.train)
     with torch.no_grad():
         probability = torch.sigmoid(model(normalise(images)).double())
     assert by_three["loss"] == pytest.approx(log_loss(masks.flatten(), probability.flatten()), rel=1e-5)
@@ -211,7 +215,7 @@ def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
     moves = torch.cat([(trained[name] - before).flatten() for name, before in drawn.named_parameters()]).detach()
     assert moves.abs().max() < 1.01e-4 and moves.abs().median() == pytest.approx(1e-4, rel=0.01)
     # the gradient of the last bias under cross-entropy: predicted less true share of lesion
-    images, masks = (torch.stack([torch.from_numpy(part(id).copy()) for id in split.train]) for part in (pairs.image, pairs.mask))
+    images, masks = stacked(pairs, split.train)
     with torch.no_grad():
         excess = torch.sigmoid(drawn(normalise(images))).mean() - masks.float().mean()
     assert abs(excess) > 0.01 and (trained["head.bias"] - drawn.head.bias) * excess < 0

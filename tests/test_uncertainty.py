@@ -477,14 +477,16 @@ def test_a_gradient_that_overflows_is_no_empty_heatmap(method):
 
 def test_precision_switches_are_put_back():
     backends = torch.backends
-    if not hasattr(backends.cudnn, "conv"):
-        pytest.skip("an older PyTorch")
+    if hasattr(backends.cudnn, "conv"):
+        name = "fp32_precision"
+        switches = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul]
+    else:  # before PyTorch 2.9
+        name, switches = "allow_tf32", [backends.cudnn, backends.cuda.matmul]
     model = unet()
-    switches = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul]
-    before = [switch.fp32_precision for switch in switches]
+    before = [getattr(switch, name) for switch in switches]
     for precision in ("fp32", "tf32"):
         uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=1, precision=precision)
-        assert [switch.fp32_precision for switch in switches] == before
+        assert [getattr(switch, name) for switch in switches] == before
 
 
 # ---------------------------------------------------------------- errors
