@@ -1,44 +1,33 @@
-"""Image-mask pairs: finding them, the split, the decoded cache, augmentation."""
+"""From image-mask pairs to tensors: the split, the augmentation, batches.
+
+Where pairs lie on disk and how they are decoded is the business of :mod:`isic`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import stat
-import threading
-import unicodedata
-import zlib
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
-from decoding import Pair, decode_pair
-from storage import FolderLock, UserError, check_space, file_checksum, fingerprint, read_json, remove_partials, write_json
+from isic.cache import DecodedPairs, decode_pairs
+from isic.layout import SkippedPair, find_pairs, limit_pairs
+from isic.source import DATA, Source
+from runtime.config import Config
+from runtime.errors import UserError, printable
+from runtime.processes import ProcessGroup
+from runtime.progress import complain, progress_bar, stage
 
-ISIC_IMAGES = "ISIC2018_Task1-2_Training_Input"
-ISIC_MASKS = "ISIC2018_Task1_Training_GroundTruth"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-MASK_ENDINGS = ("_segmentation", "_lesion", "_mask")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class BadPair(NamedTuple):
-    """An id whose pair cannot be used: the file to blame, and what is wrong with it."""
-
-    id: str
-    file: str
-    reason: str
 
 
 class Split(NamedTuple):
@@ -49,114 +38,48 @@ class Split(NamedTuple):
     test: list[str]
 
 
-# ---------------------------------------------------------------- finding the pairs
+class Data(NamedTuple):
+    """The decoded pairs of a run, how they are split, and which were left out."""
+
+    pairs: DecodedPairs
+    split: Split
+    skipped: list[SkippedPair]
 
 
-def isic_folders(root: Path) -> tuple[Path, Path]:
-    """The image and the mask folder of the official layout under ``root``.
+def prepare_data(config: Config, source: Source, group: ProcessGroup) -> Data:
+    """Find, decode and split the pairs.
+
+    The main process decodes; the others map its cache. The split is that of all
+    ids found; pairs left out by ``--skip-bad`` then leave their part.
 
     Raises:
-        UserError: ``root`` or one of the two is not a folder.
+        UserError: a pair is broken (without ``--skip-bad``), a part would be
+            empty, or the cache cannot be written.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"dataset folder {root} does not exist; give --data a folder that holds {ISIC_IMAGES}")
-    for name in (ISIC_IMAGES, ISIC_MASKS):
-        if not (root / name).is_dir():
-            raise UserError(
-                f"{root} has no folder {name}; unpack the ISIC 2018 Task 1 archives there "
-                "(--download goes on with what it began in data/ISIC2018), or give --images DIR --masks DIR for another layout"
+
+    def prepare() -> Data:
+        skipped: list[SkippedPair] | None = [] if config.skip_bad else None
+        found = find_pairs(source.images, source.masks, skipped)
+        ids = limit_pairs(sorted([pair.id for pair in found] + [entry.id for entry in skipped or ()]), config.limit)
+        wanted = set(ids)
+        split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed)
+        used = [pair for pair in found if pair.id in wanted]
+        with progress_bar("decoding images", len(used), "pair") as bar:
+            pairs = decode_pairs(
+                used, config.image_size, Path(config.cache or DATA / "cache"), bar.update, skipped,
+                waiting=lambda line: bar.write(line, file=sys.stderr),
             )
-    return root / ISIC_IMAGES, root / ISIC_MASKS
+        left_out = sorted(entry for entry in skipped or () if entry.id in wanted)
+        if left_out:
+            split = leave_out(split, {entry.id for entry in left_out})
+            reasons = "; ".join(f"{entry.id}: {entry.reason}" for entry in left_out)
+            complain(f"warning: {len(left_out)} of {len(ids)} pairs are left out: {printable(reasons)}")
+        return Data(pairs, split, left_out)
 
-
-def find_pairs(images: Path, masks: Path, bad: list[BadPair] | None = None) -> list[Pair]:
-    """All image files of one folder with their masks from another, sorted by id.
-
-    A mask belongs to an image when its stem equals the image's, with or
-    without one of ``MASK_ENDINGS``. The two may be the same folder: files
-    with such an ending are then masks. An id is the stem in Unicode's composed
-    form: two systems may spell the same accent differently.
-
-    Args:
-        images, masks: the folders.
-        bad: where given, ids without exactly one image and one mask of its own
-            are appended here; otherwise the first of them is an error.
-
-    Raises:
-        UserError: a folder is missing, holds no image, an image has no mask,
-            two files claim the same id, or two images the same mask.
-    """
-    images, masks = Path(images), Path(masks)
-    # not Path.resolve, which fails on a link to itself
-    same = os.path.realpath(images) == os.path.realpath(masks)
-    found = _by_stem(images, skip_masks=same)
-    candidates = _by_stem(masks)
-    if not found:
-        raise UserError(f"no image files ({', '.join(IMAGE_SUFFIXES)}) in {images}; check the folder")
-    pairs: list[Pair] = []
-    owners: dict[Path, str] = {}
-    for stem, files in sorted(found.items()):
-        try:
-            mask = _mask_of(stem, files, candidates, masks, MASK_ENDINGS if same else ("", *MASK_ENDINGS))
-            if mask in owners:
-                raise UserError(f"{mask} is the mask of both {owners[mask]} and {stem}; rename one of the images", mask)
-        except UserError as error:
-            if bad is None:
-                raise
-            bad.append(BadPair(stem, str(error.file or files[0]), str(error)))
-        else:
-            owners[mask] = stem
-            pairs.append(Pair(stem, files[0], mask))
-    return pairs
-
-
-def _mask_of(stem: str, files: list[Path], candidates: dict[str, list[Path]], masks: Path, endings: Sequence[str]) -> Path:
-    image = files[0]
-    if not stem.isprintable() or "\\" in stem:
-        # such a name can neither be printed nor be the name of a map everywhere
-        raise UserError(f"{image} has a line break, a backslash or bytes that are no text in its name; rename it", image)
-    if len(files) > 1:
-        raise UserError(f"{image} and {files[1].name} have the same stem; keep one", image)
-    names = [stem + ending for ending in endings if stem + ending in candidates]
-    if not names:
-        raise UserError(
-            f"image {image} has no mask: expected {stem} with or without "
-            f"{', '.join(MASK_ENDINGS)} in {masks}; add it or remove the image", image
-        )
-    if len(names) > 1:
-        raise UserError(f"image {image} has several masks in {masks}: {', '.join(names)}; keep one", image)
-    found = candidates[names[0]]
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1].name} have the same stem; keep one", found[0])
-    return found[0]
-
-
-def _by_stem(folder: Path, skip_masks: bool = False) -> dict[str, list[Path]]:
-    if not folder.is_dir():
-        raise UserError(f"folder {folder} does not exist; check --images and --masks")
-    found: dict[str, list[Path]] = {}
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read folder {folder}: {error.strerror}; check its permissions") from error
-    for path in entries:
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        if skip_masks and path.stem.endswith(MASK_ENDINGS):
-            continue
-        # the official image folder also holds superpixel maps in some copies
-        if path.stem.endswith("_superpixels"):
-            continue
-        found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
-    return found
-
-
-def limit_pairs(pairs: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most ``limit`` pairs (or ids), evenly spaced over the sorted ids; None keeps all."""
-    if limit is None or limit >= len(pairs):
-        return list(pairs)
-    return [pairs[i * len(pairs) // limit] for i in range(limit)]
+    data = group.shared(prepare)
+    parts = ", ".join(f"{len(ids)} {part}" for part, ids in zip(("training", "validation", "test"), data.split))
+    stage("data", f"{len(data.pairs.ids)} images: {parts}")
+    return data
 
 
 def split_ids(
@@ -171,6 +94,8 @@ def split_ids(
     Raises:
         UserError: a part would be empty.
     """
+    from sklearn.model_selection import train_test_split  # takes seconds to load, and drawing a picture splits nothing
+
     ids = sorted(ids)
     try:
         rest, test = train_test_split(ids, test_size=test_fraction, random_state=seed)
@@ -183,251 +108,17 @@ def split_ids(
     return Split(sorted(train), sorted(validation), sorted(test))
 
 
-def leave_out(split: Split, bad: Collection[str]) -> Split:
+def leave_out(split: Split, skipped: Collection[str]) -> Split:
     """The split without some ids; every other id stays in its part.
 
     Raises:
         UserError: a part has no image left, or training fewer than the two that batch norm needs.
     """
-    rest = Split(*([id for id in part if id not in bad] for part in split))
+    rest = Split(*([id for id in part if id not in skipped] for part in split))
     for name, part, least in zip(Split._fields, rest, (2, 1, 1)):
         if len(part) < least:
-            raise UserError(f"without the {len(bad)} bad pairs the {name} part has {len(part)} images; repair some of them")
+            raise UserError(f"without the {len(skipped)} bad pairs the {name} part has {len(part)} images; repair some of them")
     return rest
-
-
-# ---------------------------------------------------------------- the decoded cache
-
-
-@dataclass
-class DecodedPairs:
-    """Decoded pairs of one size, memory-mapped.
-
-    Attributes:
-        ids: the ids asked for, sorted.
-        size: side in pixels.
-        records: uint8 memory map (slots, 4 * size * size): RGB rows, then the mask.
-        slots: slot of each id.
-        checksums: id -> [SHA-256 of the image file, of the mask file].
-        skipped: the pairs left out because they are broken or incomplete.
-    """
-
-    ids: list[str]
-    size: int
-    records: np.ndarray
-    slots: dict[str, int]
-    checksums: dict[str, list[str]]
-    skipped: list[BadPair] = field(default_factory=list)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a process that is started afresh: the name of the mapped file instead of its content."""
-        records = self.records
-        if not isinstance(records, np.memmap):
-            return self.__dict__
-        return {**self.__dict__, "records": (str(records.filename), records.shape)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self.records, tuple):
-            name, shape = self.records
-            self.records = np.memmap(name, np.uint8, "r", shape=shape)
-
-    def image(self, id: str) -> np.ndarray:
-        """uint8 (size, size, 3)."""
-        return self.records[self.slots[id], : 3 * self.size**2].reshape(self.size, self.size, 3)
-
-    def mask(self, id: str) -> np.ndarray:
-        """uint8 (size, size) of 0 and 1."""
-        return self.records[self.slots[id], 3 * self.size**2 :].reshape(self.size, self.size)
-
-    def fingerprint(self) -> str:
-        """Changes when any image or mask file is changed, added or removed."""
-        return fingerprint([[id, *self.checksums[id]] for id in self.ids])
-
-
-def decode_pairs(
-    pairs: Sequence[Pair],
-    size: int,
-    cache: Path,
-    progress: Callable[[int], None] = lambda count: None,
-    bad: list[BadPair] | None = None,
-    waiting: Callable[[str], None] = lambda line: None,
-) -> DecodedPairs:
-    """Decode every pair once into a memory-mapped cache and reuse it afterwards.
-
-    A pair whose files kept their size and modification time is not read again;
-    a changed one alone is redone. Work is saved as it goes, so an interrupted
-    call continues where it stopped. Several runs may use one cache: one decodes
-    at a time, and a record that was once listed is never overwritten, so that a
-    run that has it mapped keeps what it started with.
-
-    Args:
-        pairs: what to decode.
-        size: side in pixels.
-        cache: folder for the cache; made when absent.
-        progress: called with the number of pairs that became ready.
-        bad: where given, broken pairs are appended here and left out;
-            otherwise the first of them is an error.
-        waiting: called with a line when another run is decoding into the cache.
-
-    Raises:
-        UserError: a pair is broken, none is left, or the cache cannot be written.
-    """
-    if not pairs:
-        raise UserError("no pair is left: every one is broken; repair some of them")
-    refused: dict[str, UserError] = {}
-    stamps: dict[str, list[Any]] = {}
-    for pair in pairs:
-        try:
-            stamps[pair.id] = [_stamp(pair.image), _stamp(pair.mask)]
-        except UserError as error:
-            if bad is None:
-                raise
-            refused[pair.id] = error
-    key = fingerprint([os.path.realpath(pairs[0].image.parent), os.path.realpath(pairs[0].mask.parent), size])[:16]
-    folder = Path(cache) / f"{size}px-{key}"
-    todo = _outdated(folder, size, pairs, stamps)
-    progress(len(stamps) - len(todo))
-    if todo:
-        with FolderLock(folder, "give --cache another folder", waiting):
-            remove_partials(folder)
-            missing = _outdated(folder, size, todo, stamps)  # what the run that was waited for has done is done
-            progress(len(todo) - len(missing))
-            _decode_into(folder, size, missing, stamps, progress, None if bad is None else refused)
-    for pair in pairs:
-        if bad is not None and pair.id in refused:
-            error = refused[pair.id]
-            bad.append(BadPair(pair.id, str(error.file or pair.image), str(error)))
-    entries = _read_index(folder, size).entries
-    ids = [pair.id for pair in pairs if pair.id not in refused]
-    if not ids:
-        raise UserError("no pair is left: every one is broken; repair some of them")
-    records = _map_records(folder, size, entries)
-    return DecodedPairs(
-        ids, size, records, {id: entries[id]["slot"] for id in ids}, {id: entries[id]["checksums"] for id in ids}
-    )
-
-
-class _Index(NamedTuple):
-    """What a cache holds: id -> slot, stamps and checksums of its files, CRC-32 of its record; the first unused slot."""
-
-    entries: dict[str, dict[str, Any]]
-    unused: int
-
-
-def _read_index(folder: Path, size: int) -> _Index:
-    """The index of a cache; a missing, damaged or differently made cache counts as empty."""
-    try:
-        content = read_json(folder / "index.json")
-        if content["made_by"] != _maker(size):
-            return _Index({}, 0)
-        entries, unused = content["pairs"], content["unused"]
-        slots = [entry["slot"] for entry in entries.values() if isinstance(entry["checksums"], list)]
-        length = (folder / "pairs.uint8").stat().st_size
-    except (UserError, OSError, KeyError, TypeError, AttributeError):
-        return _Index({}, 0)
-    whole = len(slots) == len(entries) and all(type(slot) is int and 0 <= slot < unused for slot in slots)
-    if not whole or len(set(slots)) < len(slots) or (max(slots, default=-1) + 1) * 4 * size * size > length:
-        return _Index({}, 0)
-    return _Index(entries, unused)
-
-
-def _maker(size: int) -> dict[str, Any]:
-    """What decides the pixels beside the files: this program's decoding, and Pillow's."""
-    return {"decoding": 3, "pillow": PIL.__version__, "size": size}
-
-
-def _map_records(folder: Path, size: int, entries: dict[str, dict[str, Any]]) -> np.ndarray:
-    length = 4 * size * size
-    count = 1 + max((entry["slot"] for entry in entries.values()), default=-1)
-    if not count:
-        return np.empty((0, length), np.uint8)
-    try:
-        return np.memmap(folder / "pairs.uint8", np.uint8, "r", shape=(count, length))
-    except OSError as error:
-        raise UserError(f"cannot read the cache in {folder}: {error.strerror or error}; give --cache another folder") from error
-
-
-def _outdated(folder: Path, size: int, pairs: Sequence[Pair], stamps: dict[str, list[Any]]) -> list[Pair]:
-    """The pairs with stamps whose record is missing, of other files, or damaged."""
-    entries = _read_index(folder, size).entries
-    records = _map_records(folder, size, entries)
-
-    def is_current(pair: Pair) -> bool:
-        entry = entries.get(pair.id, {})
-        return entry.get("stamps") == stamps[pair.id] and zlib.crc32(records[entry["slot"]]) == entry.get("crc")
-
-    return [pair for pair in pairs if pair.id in stamps and not is_current(pair)]
-
-
-def _decode_into(
-    folder: Path, size: int, pairs: Sequence[Pair], stamps: dict[str, list[Any]], progress: Callable[[int], None],
-    refused: dict[str, UserError] | None,
-) -> None:
-    """Decode pairs into unused slots of the cache that this process has locked."""
-    entries, unused = _read_index(folder, size)
-    data_path, length, lock = folder / "pairs.uint8", 4 * size * size, threading.Lock()
-
-    def work(pair: Pair) -> tuple[dict[str, Any] | None, UserError | None]:
-        nonlocal unused
-        try:
-            checksums = [_checksum(pair.image), _checksum(pair.mask)]
-            image, mask = decode_pair(pair, size)
-        except UserError as error:
-            if refused is None:
-                raise
-            return None, error
-        record = np.concatenate([image.ravel(), mask.ravel()])
-        with lock:  # a full disk is an error to a written file; to a written memory map it is the end of the process
-            slot, unused = unused, unused + 1
-            stream.seek(slot * length)
-            stream.write(record)
-            stream.flush()
-        return {"slot": slot, "stamps": stamps[pair.id], "checksums": checksums, "crc": zlib.crc32(record)}, None
-
-    def save() -> None:
-        os.fsync(stream.fileno())
-        write_json(folder / "index.json", {"made_by": _maker(size), "unused": unused, "pairs": entries})
-
-    try:
-        if not entries:
-            data_path.unlink(missing_ok=True)  # rather than overwrite what another run may have mapped
-        present = data_path.stat().st_size if data_path.exists() else 0
-        check_space(folder, (unused + len(pairs)) * length - present)
-        # Pillow and hashlib release the interpreter lock, so threads use every core.
-        with open(data_path, "r+b" if data_path.exists() else "w+b") as stream, \
-                ThreadPoolExecutor(os.cpu_count()) as pool:
-            try:
-                for count, (pair, (entry, error)) in enumerate(zip(pairs, pool.map(work, pairs)), 1):
-                    if entry is not None:
-                        entries[pair.id] = entry
-                    else:
-                        refused[pair.id] = error
-                    progress(1)
-                    if count % 256 == 0:
-                        save()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                save()
-    except OSError as error:
-        raise UserError(f"cannot write the cache in {folder}: {error.strerror or error}; give --cache another folder") from error
-
-
-def _stamp(path: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair", path) from error
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
-        raise UserError(f"{path} is a folder or a device and not a file; rename it or remove its pair", path)
-    return [path.name, status.st_size, status.st_mtime_ns]
-
-
-def _checksum(path: Path) -> str:
-    try:
-        return file_checksum(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it or remove its pair", path) from error
 
 
 # ---------------------------------------------------------------- tensors for the network
@@ -469,7 +160,7 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "little")
 
 
-class TrainingImages(Dataset):
+class TrainingImages(Dataset[tuple[np.ndarray, np.ndarray]]):
     """Augmented training pairs, indexed by (epoch, position).
 
     The augmentation of a pair is seeded by (seed, epoch, id), so it is the same
@@ -485,7 +176,7 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, key: Any) -> tuple[np.ndarray, np.ndarray]:
         epoch, position = key
         id = self.ids[position]
         image, mask = np.array(self.pairs.image(id)), np.array(self.pairs.mask(id))
@@ -498,9 +189,53 @@ class TrainingImages(Dataset):
         return changed["image"], changed["mask"]
 
 
+class EpochBatches(Sampler[Any]):
+    """The batches of one epoch: lists of (epoch, position), of which each process takes its rows.
+
+    Positions are shuffled by (seed, epoch) and cut into global batches of
+    ``batch_size``; a process gets the contiguous part ``rows(step)`` of each, so
+    that the global batches are the same for any number of processes. A last
+    batch of a single image is left out: batch norm has no variance over it.
+
+    Raises:
+        UserError: a batch has fewer images than there are processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        edges = [*range(0, length, batch_size), length]
+        self.batches = [(start, stop) for start, stop in zip(edges, edges[1:]) if stop - start > 1]
+        smallest = min((stop - start for start, stop in self.batches), default=0)
+        if smallest < world_size:
+            raise UserError(
+                f"a training batch has {smallest} images for {world_size} processes; "
+                "choose another --batch-size, more images or fewer processes"
+            )
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def size(self, step: int) -> int:
+        """Images of the global batch of a step."""
+        start, stop = self.batches[step]
+        return stop - start
+
+    def rows(self, step: int) -> slice:
+        """This process's part of the global batch of a step; the parts differ in size by one at most."""
+        size = self.size(step)
+        return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for step, (start, stop) in enumerate(self.batches):
+            yield [(self.epoch, position) for position in order[start:stop][self.rows(step)]]
+
+
 def batches(
     pairs: DecodedPairs, ids: Sequence[str], batch_size: int, device: torch.device
-) -> Iterable[tuple[list[str], Tensor, Tensor]]:
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Yield (ids, normalised images float32 (B, 3, H, W), masks uint8 (B, H, W)) in order."""
     for start in range(0, len(ids), batch_size):
         part = list(ids[start : start + batch_size])

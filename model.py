@@ -18,7 +18,7 @@ UPSAMPLINGS = ("bilinear", "transposed")
 class DoubleConv(nn.Sequential):
     """(3 x 3 convolution, batch norm, ReLU) twice; height and width are kept."""
 
-    def __init__(self, channels_in: int, channels_out: int, channels_between: int | None = None):
+    def __init__(self, channels_in: int, channels_out: int, channels_between: int | None = None) -> None:
         between = channels_between or channels_out
         super().__init__(
             # no bias: the batch norm that follows would subtract it again
@@ -34,7 +34,7 @@ class DoubleConv(nn.Sequential):
 class Encoder(nn.Sequential):
     """2 x 2 max pooling, then a double convolution: (B, C, H, W) to (B, C', H/2, W/2)."""
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(nn.MaxPool2d(2), DoubleConv(channels_in, channels_out))
 
 
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, channels_in: int, channels_skip: int, channels_out: int, upsampling: str, dropout: float
-    ):
+    ) -> None:
         super().__init__()
         if upsampling == "bilinear":
             self.up: nn.Module = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
@@ -61,11 +61,12 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, H/2, W/2), skip (B, C_skip, H, W) -> (B, C_out, H, W)."""
-        return self.dropout(self.convolutions(torch.cat([skip, self.up(x)], dim=1)))
+        y: Tensor = self.dropout(self.convolutions(torch.cat([skip, self.up(x)], dim=1)))
+        return y
 
 
 class UNet(nn.Module):
-    """Four encoder blocks, a bottleneck, four decoder blocks, one logit a pixel.
+    """Four encoder blocks, a bottleneck, four decoder blocks, one logit per pixel.
 
     Dropout acts after the bottleneck and after every decoder block but the
     last. Nothing in front of the bottleneck's dropout is stochastic.
@@ -82,11 +83,15 @@ class UNet(nn.Module):
 
     Raises:
         ValueError: an argument is out of range, or H or W no multiple of 16.
+
+    Example:
+        >>> UNet(width=2)(torch.zeros(1, 3, 32, 48)).shape
+        torch.Size([1, 1, 32, 48])
     """
 
     def __init__(
         self, width: int = 64, dropout: float = 0.2, upsampling: str = "bilinear", channels_in: int = 3
-    ):
+    ) -> None:
         super().__init__()
         if width < 2 or width % 2:
             raise ValueError(f"width must be an even number of at least 2, not {width}")
@@ -115,6 +120,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(w1, 1, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, channels_in, H, W) to logits (B, 1, H, W)."""
         height, width = x.shape[-2:]
         if height % 16 or width % 16:
             raise ValueError(f"height and width must be multiples of 16, not {height} x {width}")
@@ -127,4 +133,5 @@ class UNet(nn.Module):
         x = self.decoder3(x, skip3)
         x = self.decoder2(x, skip2)
         x = self.decoder1(x, skip1)
-        return self.head(x)
+        logits: Tensor = self.head(x)  # (B, 1, H, W)
+        return logits

@@ -1,4 +1,4 @@
-"""Training the U-Net: one linear loop, and the checkpoint it leaves."""
+"""Training the U-Net: set-up, one epoch, the loop, and the checkpoints it leaves."""
 
 from __future__ import annotations
 
@@ -7,169 +7,64 @@ import math
 import operator
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
-from checkpoints import load_model, resumable_state, save_best, save_checkpoint, weights_fingerprint
-from config import Config
-from dataset import DecodedPairs, TrainingImages, batches, derived_seed, normalise
-from interruption import deaf_children, end_with_parent
+from dataset import EpochBatches, TrainingImages, batches, derived_seed, normalise
+from evaluation.overlap import segmentation_overlap
+from isic.cache import DecodedPairs
 from model import UNet
-from processes import Processes, with_group_batch_norm, with_row_dropout
-from storage import UserError, write_csv
+from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, state_fingerprint, weights_fingerprint
+from runtime.config import Config
+from runtime.devices import autocast, training_precision
+from runtime.errors import UserError
+from runtime.group_layers import RowDropout, with_group_batch_norm, with_row_dropout
+from runtime.processes import ProcessGroup
+from runtime.records import write_csv
+from runtime.signals import block_sigint_in_children, end_with_parent
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come; saved with its state.
+
+    Attributes:
+        epoch: finished epochs.
+        best_dice: the best mean validation Dice so far; -1 before the first epoch.
+        best_epoch: the epoch (from 1) that reached it.
+        best_weights: fingerprint of that epoch's weights.
+        epochs_without_improvement: finished since.
+        log: a row per finished epoch.
+    """
+
+    epoch: int = 0
+    best_dice: float = -1.0
+    best_epoch: int = 0
+    best_weights: str = ""
+    epochs_without_improvement: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class EpochResult(NamedTuple):
+    """Mean training loss per pixel in nats, and how fast the epoch went."""
+
+    loss: float
+    images_per_second: float
+    seconds_waited: float
 
 
 class TrainingResult(NamedTuple):
-    """The best model, its validation Dice, and one row an epoch."""
+    """The best model, its validation Dice, and one row per epoch."""
 
     model: UNet
     best_dice: float
     log: list[dict[str, Any]]
-
-
-# ---------------------------------------------------------------- the loop
-
-
-class EpochBatches(Sampler):
-    """The batches of one epoch: lists of (epoch, position), of which each process takes its rows.
-
-    Positions are shuffled by (seed, epoch) and cut into global batches of
-    ``batch_size``; a process gets the contiguous part ``rows(step)`` of each, so
-    that the global batches are the same for any number of processes. A last
-    batch of a single image is left out: batch norm has no variance over it.
-
-    Raises:
-        UserError: a batch has fewer images than there are processes.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
-        edges = [*range(0, length, batch_size), length]
-        self.batches = [(start, stop) for start, stop in zip(edges, edges[1:]) if stop - start > 1]
-        smallest = min((stop - start for start, stop in self.batches), default=0)
-        if smallest < world:
-            raise UserError(
-                f"a training batch has {smallest} images for {world} processes; "
-                "choose another --batch-size, more images or fewer processes"
-            )
-        self.length = length
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def size(self, step: int) -> int:
-        """Images of the global batch of a step."""
-        start, stop = self.batches[step]
-        return stop - start
-
-    def rows(self, step: int) -> slice:
-        """The own part of the global batch of a step; the parts differ in size by one at most."""
-        size = self.size(step)
-        return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        for step, (start, stop) in enumerate(self.batches):
-            yield [(self.epoch, position) for position in order[start:stop][self.rows(step)]]
-
-
-def learning_rate(config: Config, epoch: float) -> float:
-    """The learning rate at a fractional epoch.
-
-    Constant, or half a cosine from ``lr`` down to 1 % of it over ``epochs``;
-    both after a linear rise over the first ``warmup`` epochs.
-    """
-    rise = min(1.0, (epoch + 1e-3) / config.warmup) if config.warmup > 0 else 1.0
-    if config.schedule == "constant":
-        return config.lr * rise
-    low = 0.01 * config.lr
-    return rise * (low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * epoch / config.epochs)))
-
-
-def training_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type in which the network is evaluated while training; weights and loss stay float32.
-
-    "auto" is bfloat16 where the device multiplies in it natively (CUDA from
-    compute capability 8.0, CPUs with AVX-512 BF16 or AMX), float16 on older
-    CUDA devices, and float32 elsewhere.
-    """
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks):
-        return torch.bfloat16
-    return torch.float32
-
-
-def segmentation_overlap(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice and Jaccard of each image; 1 where both masks are empty.
-
-    Args:
-        prediction, truth: bool or 0/1 (B, H, W).
-
-    Returns:
-        float64 (B,) twice: ``2 |P and T| / (|P| + |T|)`` and ``|P and T| / |P or T|``;
-        float32 on devices without double precision.
-    """
-    kind = torch.float32 if prediction.device.type == "mps" else torch.float64
-    prediction, truth = prediction.bool().flatten(1), truth.bool().flatten(1)
-    both = (prediction & truth).sum(1).to(kind)
-    total = prediction.sum(1).to(kind) + truth.sum(1).to(kind)
-    one = torch.ones_like(both)
-    dice = torch.where(total > 0, 2 * both / total, one)
-    jaccard = torch.where(total > 0, both / (total - both), one)
-    return dice, jaccard
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision of that type; nothing for float32, about which some devices would warn."""
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, group: Processes,
-    precision: torch.dtype = torch.float32,
-) -> dict[str, float]:
-    """Loss a pixel, and mean Dice and Jaccard an image, without dropout; the images are shared by the group."""
-    model.eval()
-    device = group.device
-    # sums, reduced once and divided once: the last batch may be smaller
-    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    level = math.log(threshold / (1 - threshold))
-    for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
-        with autocast(device, precision):
-            logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
-        logits = logits.float()
-        loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
-        dice, jaccard = segmentation_overlap(logits > level, masks)
-        sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
-    loss_mean, dice_mean, jaccard_mean = (group.summed(sums) / len(ids)).tolist()
-    return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
-
-
-def _loaded(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader; the death of one of its processes is one line."""
-    try:
-        with deaf_children():
-            iterator = iter(loader)
-        yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data-loading process died ({str(error).splitlines()[0]}); finished epochs are kept; "
-            "run the same command again, with --workers 0 or fewer if memory is short"
-        ) from error
 
 
 def train(
@@ -177,10 +72,10 @@ def train(
     pairs: DecodedPairs,
     train_ids: Sequence[str],
     validation_ids: Sequence[str],
-    group: Processes,
+    group: ProcessGroup,
     results: Path,
     identity: str,
-    progress: Callable[[int, str], None] = lambda count, note: None,
+    report: Callable[[int, str], None] = lambda count, note: None,
     before_epoch: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Train with Adam on binary cross-entropy; keep the weights of the best validation Dice.
@@ -202,9 +97,9 @@ def train(
         pairs: the decoded images and masks.
         train_ids, validation_ids: the two parts.
         group: this process's place among all, and its device.
-        results: folder of the run; rank 0 writes.
+        results: folder of the run; the main process writes.
         identity: fingerprint of the configuration and data.
-        progress: called with finished images and a note.
+        report: called with newly finished images and a note.
         before_epoch: called before anything is trained; not at all where training is finished.
 
     Raises:
@@ -212,99 +107,244 @@ def train(
             step), the weights are not those this run wrote, or a file cannot be
             read or written.
     """
-    device = group.device
     best_path, state_path = results / "weights" / "best_model.pth", results / "weights" / "training_state.pth"
-    torch.manual_seed(config.seed)
-    model = UNet(config.width, config.dropout, config.upsampling).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    precision = training_precision(config.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    done = {"epoch": 0, "best": -1.0, "best_epoch": 0, "best_weights": "", "waited": 0, "log": []}
+    training = Training(config, pairs, train_ids, group)
+    progress = Progress()
     saved = group.shared(lambda: resumable_state(state_path, best_path, identity))
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        done = saved["done"]
-        if group.first:  # a run may have died just before it wrote this
-            write_csv(results / "training_log.csv", done["log"])
-    sites = with_row_dropout(model)
-    model = with_group_batch_norm(model, group)
-    network: nn.Module = torch.compile(model) if config.compile else model
-    if group.world > 1:
-        parallel = nn.parallel.DistributedDataParallel
-        known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
-        every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        network = parallel(network, **{every_forward: False})  # the buffers are those of the global batch already
-    progress(done["epoch"] * len(train_ids), f"epoch {done['epoch']}/{config.epochs}")
-    order = EpochBatches(len(train_ids), config.batch_size, config.seed, group.rank, group.world)
-    sizes = [order.size(step) for step in range(len(order))]
-    workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
-    loader = DataLoader(
-        TrainingImages(pairs, train_ids, config.augment, config.seed), batch_sampler=order, num_workers=workers,
-        persistent_workers=workers > 0, pin_memory=device.type == "cuda", worker_init_fn=end_with_parent,
-    )
-    while done["epoch"] < config.epochs and done["waited"] < config.patience:
+        training.load_state(saved)
+        progress = Progress(**saved["progress"])
+        if group.is_main:  # a run may have died just before it wrote this
+            write_csv(results / "training_log.csv", progress.log)
+    report(progress.epoch * len(train_ids), f"epoch {progress.epoch}/{config.epochs}")
+    while progress.epoch < config.epochs and progress.epochs_without_improvement < config.patience:
         before_epoch()
-        epoch, started, waited = done["epoch"], time.perf_counter(), 0.0
-        order.epoch = epoch
-        torch.manual_seed(derived_seed(config.seed, "dropout", epoch))
-        model.train()
-        losses = []  # of each step, left on the device: a look at one would wait for it
-        asked = time.perf_counter()
-        for step, (images, masks) in enumerate(_loaded(loader)):
-            waited += time.perf_counter() - asked
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(config, epoch + step / len(order))
-            for site in sites:
-                site.rows, site.total = order.rows(step), sizes[step]
-            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-            with autocast(device, precision):
-                logits = network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
-            # the own share of the global batch's mean; the gradients are averaged over processes, hence ``world``
-            loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * (len(images) / sizes[step])
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss * group.world).backward()
-            if config.clip > 0:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(loss.detach())
-            progress(sizes[step], f"epoch {epoch + 1}/{config.epochs}, best Dice {max(done['best'], 0):.4f}")
-            asked = time.perf_counter()
-        by_step = group.summed(torch.stack(losses)).tolist()
-        seconds = time.perf_counter() - started
+        note = f"epoch {progress.epoch + 1}/{config.epochs}, best Dice {max(progress.best_dice, 0):.4f}"
         kept = f"the best weights so far are kept in {best_path}" if best_path.exists() else "no epoch was finished"
         advice = f"{kept}; lower --lr and give another --results folder, or --fresh, which starts this one over"
+        trained = training.run_epoch(progress.epoch, report, note, advice)
+        scores = validate(
+            training.model, pairs, validation_ids, config.batch_size, config.threshold, group, training.precision
+        )
+        if not math.isfinite(scores["loss"]):
+            where = f"after step {len(training.order)} of epoch {progress.epoch + 1}"
+            raise UserError(f"the validation loss is {scores['loss']} {where}; {advice}")
+        row = {
+            "epoch": progress.epoch + 1, "train_loss": trained.loss, "validation_loss": scores["loss"],
+            "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
+            "learning_rate": learning_rate(config, progress.epoch),
+            "images_per_second": trained.images_per_second, "seconds_waited_for_data": trained.seconds_waited,
+        }
+        improved = scores["dice"] > progress.best_dice
+        progress = replace(
+            progress, epoch=progress.epoch + 1, log=[*progress.log, row],
+            epochs_without_improvement=0 if improved else progress.epochs_without_improvement + 1,
+        )
+        if improved:
+            progress = replace(
+                progress, best_dice=scores["dice"], best_epoch=progress.epoch,
+                best_weights=weights_fingerprint(training.model),
+            )
+        if group.is_main:
+            state = {**training.state(), "identity": identity, "progress": asdict(progress)}
+            # the state first: from it a lost or older best_model.pth can be made again, not the other way round
+            save_checkpoint(state_path, state)
+            if improved:
+                save_best(best_path, state)
+            write_csv(results / "training_log.csv", progress.log)
+    best_model = group.shared(lambda: load_model(best_path, UNet, torch.device("cpu")))
+    assert isinstance(best_model, UNet)
+    return TrainingResult(best_model.to(group.device), progress.best_dice, progress.log)
+
+
+# ---------------------------------------------------------------- set-up and one epoch
+
+
+class Training:
+    """A network with its optimiser and its batches, ready to be trained epoch by epoch.
+
+    Attributes:
+        model: the network in training.
+        precision: the type in which it is evaluated.
+        order: the batches of an epoch.
+    """
+
+    def __init__(self, config: Config, pairs: DecodedPairs, ids: Sequence[str], group: ProcessGroup):
+        self.config, self.group, device = config, group, group.device
+        torch.manual_seed(config.seed)
+        self.model = UNet(config.width, config.dropout, config.upsampling).to(device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.precision = training_precision(config.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.dropout_sites: list[RowDropout] = with_row_dropout(self.model)
+        self.model = with_group_batch_norm(self.model, group)
+        self.network = _parallel(torch.compile(self.model) if config.compile else self.model, group)
+        self.order = EpochBatches(len(ids), config.batch_size, config.seed, group.rank, group.world_size)
+        workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
+        self.loader = DataLoader(
+            TrainingImages(pairs, ids, config.augment, config.seed), batch_sampler=self.order, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=device.type == "cuda", worker_init_fn=end_with_parent,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch needs."""
+        return {
+            "model": self.model.state_dict(), "options": self.model.options,
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def run_epoch(self, epoch: int, report: Callable[[int, str], None], note: str, advice: str) -> EpochResult:
+        """Train for one epoch, counted from 0, reporting each step's images with the note.
+
+        Raises:
+            UserError: the loss of a step is not finite; the line ends in ``advice``.
+        """
+        device = self.group.device
+        self.order.epoch = epoch
+        torch.manual_seed(derived_seed(self.config.seed, "dropout", epoch))
+        self.model.train()
+        losses = []  # of each step, left on the device: a look at one would wait for it
+        started, waited = time.perf_counter(), 0.0
+        asked = started
+        for step, (images, masks) in enumerate(_loaded(self.loader)):
+            waited += time.perf_counter() - asked
+            images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+            losses.append(self._step(epoch, step, images, masks))
+            report(self.order.size(step), note)
+            asked = time.perf_counter()
+        by_step = self.group.summed(torch.stack(losses)).tolist()
+        seconds = time.perf_counter() - started
         bad = next((step for step, value in enumerate(by_step) if not math.isfinite(value)), None)
         if bad is not None:
-            where = f"at step {bad + 1} of {len(order)} of epoch {epoch + 1}"
+            where = f"at step {bad + 1} of {len(self.order)} of epoch {epoch + 1}"
             raise UserError(f"the training loss is {by_step[bad]} {where}; {advice}")
-        scores = validate(model, pairs, validation_ids, config.batch_size, config.threshold, group, precision)
-        if not math.isfinite(scores["loss"]):
-            where = f"after step {len(order)} of epoch {epoch + 1}"
-            raise UserError(f"the validation loss is {scores['loss']} {where}; {advice}")
-        improved = scores["dice"] > done["best"]
-        row = {
-            "epoch": epoch + 1, "train_loss": sum(map(operator.mul, by_step, sizes)) / sum(sizes),
-            "validation_loss": scores["loss"], "validation_dice": scores["dice"],
-            "validation_jaccard": scores["jaccard"], "learning_rate": learning_rate(config, epoch),
-            "images_per_second": sum(sizes) / seconds, "seconds_waited_for_data": waited,
-        }
-        done = {
-            "epoch": epoch + 1, "best": max(done["best"], scores["dice"]),
-            "best_epoch": epoch + 1 if improved else done["best_epoch"],
-            "best_weights": weights_fingerprint(model) if improved else done["best_weights"],
-            "waited": 0 if improved else done["waited"] + 1, "log": [*done["log"], row],
-        }
-        if group.first:
-            content = {"model": model.state_dict(), "options": model.options, "identity": identity}
-            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "done": done}
-            # the state first: from it a lost or older best_model.pth can be made again, not the other way round
-            save_checkpoint(state_path, {**content, **state})
-            if improved:
-                save_best(best_path, content, done)
-            write_csv(results / "training_log.csv", done["log"])
-    best_model = group.shared(lambda: load_model(best_path, torch.device("cpu")))
-    return TrainingResult(best_model.to(device), done["best"], done["log"])
+        sizes = [self.order.size(step) for step in range(len(self.order))]
+        return EpochResult(sum(map(operator.mul, by_step, sizes)) / sum(sizes), sum(sizes) / seconds, waited)
+
+    def _step(self, epoch: int, step: int, images: Tensor, masks: Tensor) -> Tensor:
+        """One step of the optimiser on this process's rows of a global batch; returns their share of its mean loss."""
+        total = self.order.size(step)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(self.config, epoch + step / len(self.order))
+        for site in self.dropout_sites:
+            site.rows, site.total = self.order.rows(step), total
+        with autocast(images.device, self.precision):
+            logits = self.network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * (len(images) / total)
+        self.optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel averages the gradients over the processes, hence ``world_size``
+        self.scaler.scale(loss * self.group.world_size).backward()
+        if self.config.clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+def _parallel(network: Any, group: ProcessGroup) -> Any:
+    """The network as all processes of a group train it together."""
+    if group.world_size == 1:
+        return network
+    parallel = nn.parallel.DistributedDataParallel
+    known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
+    every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {every_forward: False}
+    return parallel(network, **options)  # the buffers are those of the global batch already
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    """The learning rate at a fractional epoch.
+
+    Constant, or half a cosine from ``lr`` down to 1 % of it over ``epochs``;
+    both after a linear rise over the first ``warmup`` epochs.
+    """
+    rise = min(1.0, (epoch + 1e-3) / config.warmup) if config.warmup > 0 else 1.0
+    if config.schedule == "constant":
+        return config.lr * rise
+    low = 0.01 * config.lr
+    return rise * (low + 0.5 * (config.lr - low) * (1 + math.cos(math.pi * epoch / config.epochs)))
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, pairs: DecodedPairs, ids: Sequence[str], batch_size: int, threshold: float, group: ProcessGroup,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Mean loss per pixel, and mean Dice and Jaccard per image, without dropout; the images are shared by the group."""
+    model.eval()
+    device = group.device
+    # sums, reduced once and divided once: the last batch may be smaller
+    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    level = math.log(threshold / (1 - threshold))
+    for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
+        with autocast(device, precision):
+            logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
+        logits = logits.float()
+        loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
+        dice, jaccard = segmentation_overlap(logits > level, masks)
+        sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
+    loss_mean, dice_mean, jaccard_mean = (group.summed(sums) / len(ids)).tolist()
+    return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
+
+
+def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader; the death of one of its processes is one line."""
+    try:
+        with block_sigint_in_children():
+            iterator = iter(loader)
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data-loading process died ({str(error).splitlines()[0]}); finished epochs are kept; "
+            "run the same command again, with --workers 0 or fewer if memory is short"
+        ) from error
+
+
+# ---------------------------------------------------------------- checkpoints of a training
+
+
+def save_best(path: Path, state: dict[str, Any]) -> None:
+    """Save the weights of the best epoch so far, with its number and validation Dice."""
+    best = {key: state[key] for key in ("model", "options", "identity")}
+    progress = state["progress"]
+    save_checkpoint(path, {**best, "epoch": progress["best_epoch"], "validation_dice": progress["best_dice"]})
+
+
+def resumable_state(state_path: Path, best_path: Path, identity: str) -> dict[str, Any] | None:
+    """The state to go on from, with the best weights in place; None where training starts over.
+
+    It starts over where a file is missing or was made by another configuration.
+
+    Raises:
+        UserError: a file is damaged, or the best weights are not those that
+            the state says were the best.
+    """
+    if not state_path.exists():
+        return None
+    state = load_checkpoint(state_path, sealed=True)
+    if state.get("identity") != identity or "progress" not in state:
+        return None
+    progress = Progress(**state["progress"])
+    if progress.best_epoch == progress.epoch:
+        # a run that died between the two files left an older best, or none; this epoch's weights are the best
+        found = load_checkpoint(best_path) if best_path.exists() else {}
+        if found.get("identity") != identity or found.get("epoch") != progress.epoch:
+            save_best(best_path, state)
+    if not best_path.exists():
+        return None
+    best = load_checkpoint(best_path)
+    if best.get("identity") != identity or state_fingerprint(best["model"]) != progress.best_weights:
+        raise UserError(
+            f"{best_path} does not hold the weights of this run's best epoch ({progress.best_epoch}); "
+            f"put the original back, or delete {best_path.parent} to train again"
+        )
+    return state

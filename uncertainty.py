@@ -1,6 +1,10 @@
 """Uncertainty maps: Monte-Carlo dropout and the variance of Grad-CAM, on the device.
 
-Everything here takes and returns tensors on the device of its input.
+In this order: dropout that stays on, Grad-CAM, the moments over the passes,
+the maps of any model, the maps of our U-Net, and :func:`uncertainty_maps`,
+which is all that a user needs. Everything takes and returns tensors on the
+device of its input.
+
 Shapes: B images, T passes, K passes of one chunk, C channels, H W pixels,
 h w pixels of the Grad-CAM target.
 
@@ -12,16 +16,20 @@ References: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from unet_inference import UNetPasses, supports
+from inference.masks import InPlaceDropout, MaskSource
+from inference.precision import float32_convolutions
+from inference.unet_passes import UNetPasses, supports
+from model import UNet
 
 METHODS = ("auto", "general", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -32,152 +40,33 @@ AUTO_PRECISION = "fp32"
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-class UncertaintyMaps(NamedTuple):
-    """Maps of B images; float32 (B, H, W) unless said otherwise.
-
-    Attributes:
-        mean_prediction: mean over passes of the sigmoid, in [0, 1].
-        pred_variance: population variance of the sigmoid over passes, in [0, 0.25].
-        saliency_variance: population variance of the normalised Grad-CAM
-            heatmap over passes, in [0, 0.25].
-        expected_entropy: mean over passes of the binary entropy, in nats, in [0, ln 2].
-        empty_cams: int64 (B,), how many of the T heatmaps were zero everywhere.
-        fallbacks: int64 (B,), 1 where half precision overflowed and the image
-            was computed again in fp32.
-    """
-
-    mean_prediction: Tensor
-    pred_variance: Tensor
-    saliency_variance: Tensor
-    expected_entropy: Tensor
-    empty_cams: Tensor
-    fallbacks: Tensor
+# ---------------------------------------------------------------- Monte-Carlo dropout
 
 
-# ---------------------------------------------------------------- dropout masks
-
-
-def mask_key(seed: int, image_id: str, pass_index: int, site: int) -> int:
-    """The 32-bit key of one dropout mask, as a signed integer.
-
-    A SHA-256 of the four arguments: masks of different seeds, images, passes
-    and sites are unrelated, and none depends on what else is computed.
-    """
-    digest = hashlib.sha256(f"{seed}|{image_id}|{pass_index}|{site}".encode()).digest()
-    return int.from_bytes(digest[:4], "little", signed=True)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of the 32-bit integers that scatters neighbours; works in place.
-
-    Multiplication by an odd constant and xor with the own upper half, twice:
-    the construction of MurmurHash3's finaliser. Products wrap around. The
-    mask after ``>>`` makes the shift of a signed integer a logical one,
-    without which the step would lose the sign bit.
-    """
-    x.mul_(0x2C1B3C6D)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x297A2D39)
-    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
-
-
-def mask_noise(shape: Sequence[int], device: torch.device) -> Tensor:
-    """The part of the masks' random numbers that depends on the position alone: int32 ``shape``."""
-    count = 1
-    for length in shape:
-        count *= length
-    return _mix(torch.arange(1, count + 1, dtype=torch.int32, device=device)).view(*shape)
-
-
-def dropout_masks(keys: Tensor, noise: Tensor, p: float) -> Tensor:
-    """Keep-masks for some passes: bool (K, *noise.shape), True with probability 1 - p.
-
-    Element i of the mask with key k is kept when ``mix(noise_i xor k)``, an
-    integer uniform over 32 bits, is at least ``p * 2^32``. This is a
-    counter-based generator: any mask can be drawn at any time, on any device,
-    in any order, with the same bits.
-
-    Args:
-        keys: int32 (K,), from :func:`mask_key`.
-        noise: int32, from :func:`mask_noise`.
-        p: probability of dropping an element.
-    """
-    return _mix(keys.view(-1, *[1] * noise.dim()) ^ noise) >= _bound(p)
-
-
-def _bound(p: float) -> int:
-    """``p * 2^32``, counted from the smallest signed integer."""
-    return min(round(p * 2**32), 2**32 - 1) - 2**31
-
-
-def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
-    """``x * dropout_masks(keys, noise, p)``, in place.
-
-    Args:
-        x: (K, C, h, w), of any memory format.
-        keys: int32 (K,).
-        noise: int32 (1, C, h, w), best in the memory format of x.
-        p: as in :func:`dropout_masks`.
-    """
-    if not x.is_cpu:
-        return x.mul_(dropout_masks(keys, noise[0], p))
-    if x.dtype != torch.float32:
-        return x.copy_(zero_dropped(x.float(), keys, noise, p))
-    # The threshold operator, zero where the random number is at most bound - 1, on the bits of x taken as
-    # integers: one vectorised sweep, where a comparison and a product with booleans cost many times as much.
-    mixed, bits = _mix(keys.view(-1, 1, 1, 1) ^ noise), x.view(torch.int32)
-    torch.ops.aten.threshold_backward.grad_input(bits, mixed, max(_bound(p) - 1, -(2**31)), grad_input=bits)
-    return x
-
-
-class _MaskSource:
-    """Hands the masks of a chunk of passes to the dropout sites, in the order they are reached."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        self.image_id, self.passes, self.site = "", range(0), 0
-
-    def start(self, image_id: str, passes: range) -> None:
-        """Begin a forward whose batch axis is ``passes`` of one image."""
-        self.image_id, self.passes, self.site = image_id, passes, 0
-
-    def apply(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the module would return, under the masks of this site."""
-        if isinstance(module, nn.Dropout):
-            shape = x.shape[1:]
-        else:  # the channel-wise ones drop whole feature maps
-            shape = torch.Size([x.shape[1]] + [1] * (x.dim() - 2))
-        keys = [mask_key(self.seed, self.image_id, t, self.site) for t in self.passes]
-        self.site += 1
-        masks = dropout_masks(
-            torch.tensor(keys, dtype=torch.int32, device=x.device), mask_noise(shape, x.device), module.p
-        )
-        return x * masks.to(x.dtype) * (1.0 / (1.0 - module.p))
-
-
-def active_dropout(model: nn.Module) -> list[nn.Module]:
+def active_dropout(model: nn.Module) -> list[_DropoutNd]:
     """The dropout modules of a model that can drop something.
 
     Raises:
-        ValueError: there is none, all have p = 0, one has p = 1, or one is of
-            a kind whose masks cannot be seeded.
+        ValueError: there is none, one has p = 1, or one is of a kind whose masks cannot be seeded.
+
+    Example:
+        >>> active_dropout(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2), nn.Dropout(0.2)))
+        [Dropout(p=0.2, inplace=False)]
     """
-    modules = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    foreign = [type(m).__name__ for m in modules if not isinstance(m, DROPOUT_MODULES) and m.p > 0]
+    active = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+    foreign = [type(m).__name__ for m in active if not isinstance(m, DROPOUT_MODULES)]
     if foreign:
         raise ValueError(f"dropout of type {foreign[0]} is not supported; use nn.Dropout or nn.Dropout2d")
-    active = [m for m in modules if m.p > 0]
     if not active:
-        raise ValueError(
-            f"{type(model).__name__} has no dropout module with p > 0: every pass would be the same "
-            "and every variance zero"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has no dropout module with p > 0: every pass would be the same and every variance zero")
     if any(m.p >= 1 for m in active):
         raise ValueError("a dropout module has p = 1 and would drop everything")
     return active
 
 
 @contextmanager
-def mc_dropout(model: nn.Module, seed: int | None = None) -> Iterator[_MaskSource | None]:
+def mc_dropout(model: nn.Module, seed: int | None = None) -> Iterator[MaskSource | None]:
     """Turn dropout on and everything else to evaluation mode; put all modes back afterwards.
 
     Batch norm stays in evaluation mode: its statistics do not move.
@@ -185,50 +74,66 @@ def mc_dropout(model: nn.Module, seed: int | None = None) -> Iterator[_MaskSourc
     Args:
         model: any module with dropout modules.
         seed: None leaves the masks to PyTorch's global generator. A number
-            takes them from :func:`dropout_masks`; the yielded source must then
-            be told with ``start`` which image and passes come next.
+            takes them from the yielded source, which must then be told with
+            :meth:`~inference.masks.MaskSource.start` which image and passes come next.
 
     Raises:
         ValueError: see :func:`active_dropout`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(0.5)).eval()
+        >>> with mc_dropout(model, seed=42) as source:
+        ...     source.start("ISIC_0000000", range(2))  # two passes along the batch axis
+        ...     model(torch.ones(2, 4))
+        tensor([[0., 0., 0., 2.],
+                [2., 0., 0., 0.]])
+        >>> model(torch.ones(1, 4))
+        tensor([[1., 1., 1., 1.]])
     """
     active = active_dropout(model)
     modes = [(module, module.training) for module in model.modules()]
-    source = None if seed is None else _MaskSource(seed)
+    source = None if seed is None else MaskSource(seed)
     model.eval()
     try:
         for module in active:
             module.train()
             if source is not None:
                 # an attribute of the instance hides the class's forward until it is deleted
-                module.forward = lambda x, module=module: source.apply(module, x)  # type: ignore[method-assign]
+                module.forward = lambda x, module=module: source.apply(module, x)
         yield source
     finally:
         for module in active:
             module.__dict__.pop("forward", None)
-        for module, mode in modes:
-            module.training = mode
+        for each, mode in modes:
+            each.training = mode
 
 
 # ---------------------------------------------------------------- Grad-CAM
 
 
 @contextmanager
-def watch(layer: nn.Module) -> Iterator[list[Tensor]]:
+def capture_activations(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Cut the graph behind a layer's output and keep that output as the leaf to differentiate by.
 
-    Yields a list that holds the activations of the newest forward. The hook is
-    removed on leaving.
+    Yields a list that holds the activations of the newest forward; on leaving, the hook is removed.
+
+    Example:
+        >>> layer = nn.Conv2d(1, 2, 1)
+        >>> with capture_activations(layer) as captured:
+        ...     score = 3 * layer(torch.ones(1, 1, 4, 4)).sum()
+        >>> torch.autograd.grad(score, captured)[0].mean((2, 3))
+        tensor([[3., 3.]])
     """
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def cut(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
-        seen[:] = [leaf]
+        captured[:] = [leaf]
         return leaf
 
     handle = layer.register_forward_hook(cut)
     try:
-        yield seen
+        yield captured
     finally:
         handle.remove()
 
@@ -247,6 +152,12 @@ def grad_cam(activations: Tensor, weights: Tensor, normalise: bool = True) -> tu
         than the rounding error of its own sum, ``eps * max_ij sum_c |a_c A_c|``;
         it is then zero everywhere, never 0 / 0. The bound is relative: scaling
         the score changes nothing.
+
+    Example:
+        >>> activations = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])  # two channels of 1 x 2 pixels
+        >>> cam, empty = grad_cam(activations, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        >>> cam.tolist(), empty.tolist()
+        ([[[1.0, 0.5]], [[0.0, 0.0]]], [False, True])
     """
     if activations.shape[0] == 1:
         flat = activations[0].flatten(1)  # C, hw
@@ -265,7 +176,7 @@ def grad_cam(activations: Tensor, weights: Tensor, normalise: bool = True) -> tu
     return cam.view(-1, *activations.shape[-2:]), empty.flatten()
 
 
-# ---------------------------------------------------------------- moments
+# ---------------------------------------------------------------- moments over the passes
 
 
 class Moments:
@@ -275,6 +186,12 @@ class Moments:
     the second form never decreases, so the variance is never negative, and
     a constant sequence has variance exactly zero. The passes are taken one by
     one in their order, so chunks of any length give the same bits.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))  # two passes of two pixels
+        >>> moments.mean, moments.variance()
+        (tensor([2., 5.]), tensor([1., 0.]))
     """
 
     def __init__(self) -> None:
@@ -298,56 +215,56 @@ class Moments:
 
 
 def binary_entropy_of_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of Bernoulli(sigmoid(z)): ``softplus(z) - z sigmoid(z)``, of finite z."""
+    """Entropy in nats of Bernoulli(sigmoid(z)): ``softplus(z) - z sigmoid(z)``, of finite z.
+
+    Example:
+        >>> binary_entropy_of_logits(torch.tensor([0.0, 200.0]))  # ln 2, and none
+        tensor([0.6931, 0.0000])
+    """
     z = logits.abs()  # symmetric, and free of cancellation for z >= 0: log1p(exp(-z)) + z sigmoid(-z)
     return F.softplus(-z) + z * torch.sigmoid(-z)
 
 
-# ---------------------------------------------------------------- the maps
+class UncertaintyMaps(NamedTuple):
+    """Maps of B images; float32 (B, H, W) unless said otherwise.
 
-
-def default_chunk(height: int, width: int) -> int:
-    """Passes a forward: a rule of the image size alone, so that maps do not depend on the machine."""
-    return max(1, min(30, (1 << 18) // (height * width)))
-
-
-def _group_and_chunk(height: int, width: int, channels: int, device: torch.device) -> tuple[int, int]:
-    """Images a group and passes a chunk of the fast path, by the size of the largest feature map alone.
-
-    A processor is fastest when a chunk's maps stay in its cache; a GPU wants
-    many rows at once.
+    Attributes:
+        mean_prediction: mean over passes of the sigmoid, in [0, 1].
+        pred_variance: population variance of the sigmoid over passes, in [0, 0.25].
+        saliency_variance: population variance of the normalised Grad-CAM heatmap over passes, in [0, 0.25].
+        expected_entropy: mean over passes of the binary entropy, in nats, in [0, ln 2].
+        empty_cams: int64 (B,), how many of the T heatmaps were zero everywhere.
+        fallbacks: int64 (B,), 1 where half precision overflowed and the image was computed again in fp32.
     """
-    size = channels * height * width
-    if device.type == "cuda":
-        rows = max(1, (1 << 27) // size)
-        group = max(1, min(8, rows // 15))
-        return group, max(1, min(30, rows // group))
-    return 1, 8
+
+    mean_prediction: Tensor
+    pred_variance: Tensor
+    saliency_variance: Tensor
+    expected_entropy: Tensor
+    empty_cams: Tensor
+    fallbacks: Tensor
 
 
-class _Accumulator:
-    """The moments of B images over their passes, fed in chunks."""
+#: Of K passes of B images: logits (K, B, H, W), heatmaps (K, B, h, w), and bool (K, B), which of these are empty.
+_Chunk = tuple[Tensor, Tensor, Tensor]
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-        self.prediction, self.saliency, self.entropy = Moments(), Moments(), Moments()
-        self.empty: Tensor | int = 0
 
-    def update(self, logits: Tensor, cam: Tensor, empty: Tensor) -> None:
-        """Logits (K, B, H, W), heatmaps (K, B, h, w), bool (K, B): all of K passes."""
-        cam = F.interpolate(cam, self.size, mode="bilinear", align_corners=False)
-        self.prediction.update(torch.sigmoid(logits))
-        self.entropy.update(binary_entropy_of_logits(logits))
-        self.saliency.update(cam)
-        self.empty = self.empty + empty.sum(0)
+def _maps_of_chunks(images: Tensor, chunks: Iterable[_Chunk]) -> list[UncertaintyMaps]:
+    """The maps of each image, without the batch axis, from all passes of all images."""
+    prediction, saliency, entropy = Moments(), Moments(), Moments()
+    empty_cams = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for logits, cam, empty in chunks:
+        prediction.update(torch.sigmoid(logits))
+        entropy.update(binary_entropy_of_logits(logits))
+        saliency.update(F.interpolate(cam, images.shape[-2:], mode="bilinear", align_corners=False))
+        empty_cams += empty.sum(0)
+    maps = UncertaintyMaps(
+        prediction.mean, prediction.variance(), saliency.variance(), entropy.mean, empty_cams, torch.zeros_like(empty_cams)
+    )
+    return [UncertaintyMaps(*row) for row in zip(*maps)]
 
-    def maps(self) -> list[Tensor]:
-        """The columns of :class:`UncertaintyMaps` up to ``empty_cams``."""
-        assert isinstance(self.empty, Tensor)
-        return [
-            self.prediction.mean, self.prediction.variance(), self.saliency.variance(),
-            self.entropy.mean, self.empty,
-        ]
+
+# ---------------------------------------------------------------- the maps of any model
 
 
 def _binary_logits(output: Tensor | dict[str, Tensor]) -> Tensor:
@@ -357,132 +274,116 @@ def _binary_logits(output: Tensor | dict[str, Tensor]) -> Tensor:
     return logits
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What the images of one call have in common; see :func:`uncertainty_maps`."""
+
+    target_layer: nn.Module
+    passes: int
+    seed: int
+    chunk: int | None
+    normalise_cam: bool
+    to_logits: Callable[..., Tensor]
+    half: torch.dtype | None  # precision of the convolutions, if not float32
+
+    def chunks(self, by_rule: int) -> Iterator[range]:
+        """The passes in chunks, of a length by rule where none is given."""
+        step = self.chunk or by_rule
+        for start in range(0, self.passes, step):
+            yield range(start, min(start + step, self.passes))
+
+
 @contextmanager
-def _float32_as(precision: str) -> Iterator[None]:
-    """Within: float32 convolutions in ``precision`` ("ieee" or "tf32"), products in true float32.
-
-    Both are process-wide switches, put back afterwards. On CUDA PyTorch's own
-    default lets convolutions round their inputs to TF32's ten bits.
-    """
-    backends = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # the switches of PyTorch 2.9 and later
-        values = [(backends.cudnn.conv, precision), (backends.cudnn.rnn, precision), (backends.cuda.matmul, "ieee")]
-        values += [(getattr(backends.mkldnn, kind), "ieee") for kind in ("conv", "matmul")]
-        name: str = "fp32_precision"
-    else:
-        values = [(backends.cudnn, precision == "tf32"), (backends.cuda.matmul, False)]  # type: ignore[list-item]
-        name = "allow_tf32"
-    before = [getattr(switch, name) for switch, _ in values]
-    try:
-        for switch, value in values:
-            setattr(switch, name, value)
-        yield
-    finally:
-        for (switch, _), value in zip(values, before):
-            setattr(switch, name, value)
-
-
-def _general_maps(
-    model: nn.Module,
-    images: Tensor,
-    ids: Sequence[str],
-    target_layer: nn.Module,
-    passes: int,
-    seed: int,
-    chunk: int | None,
-    normalise_cam: bool,
-    to_logits: Callable[..., Tensor],
-    half: torch.dtype | None,
-) -> list[list[Tensor]]:
-    """Any model: whole forwards, and the backward by autograd from the logits to the target."""
-    height, width = images.shape[-2:]
-    chunk = chunk or default_chunk(height, width)
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter takes a gradient: no graph in front of the target, no weight gradients behind it."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    results = []
     try:
-        for parameter in trainable:  # no graph in front of the target, no weight gradients behind it
+        for parameter in trainable:
             parameter.requires_grad_(False)
-        with mc_dropout(model, seed) as source, watch(target_layer) as seen, torch.enable_grad():
-            assert source is not None
-            for image, image_id in zip(images, ids):
-                moments = _Accumulator((height, width))
-                for start in range(0, passes, chunk):
-                    block = range(start, min(start + chunk, passes))
-                    seen.clear()
-                    source.start(image_id, block)
-                    with torch.autocast(images.device.type, half, enabled=half is not None):
-                        logits = to_logits(model(image.expand(len(block), -1, -1, -1)))
-                    if not seen:
-                        raise ValueError("the forward pass does not reach the target layer")
-                    activations = seen[0]
-                    if activations.dim() != 4:
-                        raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(activations.shape)}")
-                    gradient = None
-                    if logits.requires_grad:
-                        (gradient,) = torch.autograd.grad(logits.sum(), activations, allow_unused=True)
-                    if gradient is None:
-                        raise ValueError("the logits do not depend on the output of the target layer")
-                    with torch.no_grad():
-                        dtype = torch.promote_types(logits.dtype, torch.float32)
-                        cam, empty = grad_cam(
-                            activations.detach().to(dtype), gradient.to(dtype).mean((2, 3)), normalise_cam
-                        )
-                        moments.update(logits.detach().to(dtype), cam[:, None], empty[:, None])
-                results.append([column[0] for column in moments.maps()])
+        yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    return results
 
 
-class _Dropper:
-    """Applies the masks of some images' passes: the ``drop`` of :class:`unet_inference.UNetPasses`."""
-
-    def __init__(self, seed: int, ids: Sequence[str], passes: int, rates: Sequence[float], device: torch.device):
-        keys = [[[mask_key(seed, i, t, s) for s in range(len(rates))] for i in ids] for t in range(passes)]
-        self.keys = torch.tensor(keys, dtype=torch.int32, device=device)  # T, B, sites; copied once
-        self.rates = rates
-        self.block = slice(0, passes)
-        self.noise: dict[torch.Size, Tensor] = {}
-
-    def __call__(self, x: Tensor, site: int, first: int) -> None:
-        shape = x.shape[1:]
-        if shape not in self.noise:
-            noise = mask_noise(shape, x.device)[None]
-            self.noise[shape] = noise.contiguous(memory_format=torch.channels_last)
-        keys = self.keys[self.block, :, site].reshape(-1)[first : first + len(x)]
-        zero_dropped(x, keys, self.noise[shape], self.rates[site])
+def _gradient(logits: Tensor, captured: Sequence[Tensor]) -> Tensor:
+    """The gradient of the summed logits at the captured activations (K, C, h, w)."""
+    if not captured:
+        raise ValueError("the forward pass does not reach the target layer")
+    if captured[0].dim() != 4:
+        raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(captured[0].shape)}")
+    gradient = torch.autograd.grad(logits.sum(), captured, allow_unused=True)[0] if logits.requires_grad else None
+    if gradient is None:
+        raise ValueError("the logits do not depend on the output of the target layer")
+    return gradient
 
 
-def _fast_maps(
-    engine: UNetPasses,
-    images: Tensor,
-    ids: Sequence[str],
-    passes: int,
-    seed: int,
-    chunk: int | None,
-    normalise_cam: bool,
-) -> list[list[Tensor]]:
-    """Our U-Net: see :mod:`unet_inference`."""
-    height, width = images.shape[-2:]
-    group, by_rule = _group_and_chunk(height, width, engine.width, images.device)
-    chunk = chunk or by_rule
-    results = []
+def _general_chunks(
+    model: nn.Module, image: Tensor, image_id: str, source: MaskSource, captured: list[Tensor], options: _Options
+) -> Iterator[_Chunk]:
+    """The passes of one image (C, H, W)."""
+    # a rule of the image size alone, so that maps do not depend on the machine
+    for block in options.chunks(max(1, min(30, (1 << 18) // image[0].numel()))):
+        captured.clear()
+        source.start(image_id, block)
+        with torch.enable_grad():
+            with torch.autocast(image.device.type, options.half, enabled=options.half is not None):
+                logits = options.to_logits(model(image.expand(len(block), -1, -1, -1)))
+            gradient = _gradient(logits, captured)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        activations, weights = captured[0].detach().to(dtype), gradient.to(dtype).mean((2, 3))
+        cam, empty = grad_cam(activations, weights, options.normalise_cam)
+        yield logits.detach().to(dtype), cam[:, None], empty[:, None]
+
+
+def _general_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:
+    """Any model: whole forwards, and the backward by autograd from the logits to the target."""
+    rows = []
+    with _frozen(model), mc_dropout(model, options.seed) as source, capture_activations(options.target_layer) as captured:
+        assert source is not None
+        for image, image_id in zip(images, ids):
+            rows += _maps_of_chunks(image[None], _general_chunks(model, image, image_id, source, captured, options))
+    return rows
+
+
+# ---------------------------------------------------------------- the maps of our U-Net
+
+
+def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: int, options: _Options) -> Iterator[_Chunk]:
+    """The passes of images that are encoded together."""
+    encoded = engine.encode(images)
+    drop = InPlaceDropout(options.seed, ids, options.passes, engine.rates, images.device)
+    for block in options.chunks(chunk):
+        drop.start(block)
+        logits, weights = engine(encoded, len(block), drop)  # K * B rows each, pass-major
+        per_image = weights.view(len(block), len(images), -1).unbind(1)
+        cams = [grad_cam(a[None], w, options.normalise_cam) for a, w in zip(encoded.activations, per_image)]
+        cam, empty = (torch.stack(parts, 1) for parts in zip(*cams))
+        yield logits.view(len(block), *images[:, 0].shape), cam, empty
+
+
+def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:
+    """An unmodified U-Net: see :mod:`inference.unet_passes`."""
+    assert isinstance(model, UNet)
+    engine = UNetPasses(model, options.target_layer, options.half or torch.float32)
+    group, chunk = engine.group_and_chunk(images.shape[-2:], images.device)
+    rows = []
     for first in range(0, len(images), group):
-        # a group has always the same shape, so that no image's rounding depends on how many there are
+        # a group always has the same size, so that no image's rounding depends on how many there are
         members = [min(i, len(images) - 1) for i in range(first, first + group)]
-        encoded = engine.encode(images[members])
-        drop = _Dropper(seed, [ids[i] for i in members], passes, engine.rates, images.device)
-        moments = _Accumulator((height, width))
-        for start in range(0, passes, chunk):
-            drop.block = slice(start, min(start + chunk, passes))
-            logits, weights = engine(encoded, drop.block.stop - start, drop)
-            per_image = weights.unflatten(0, (-1, group)).unbind(1)
-            cams = [grad_cam(a[None], w, normalise_cam) for a, w in zip(encoded.activations, per_image)]
-            cam, empty = (torch.stack(parts, 1) for parts in zip(*cams))
-            moments.update(logits.unflatten(0, (-1, group)), cam, empty)
-        results += [list(columns) for columns in zip(*moments.maps())][: len(images) - first]
-    return results
+        some = images[members]
+        chunks = _fast_chunks(engine, some, [ids[i] for i in members], chunk, options)
+        rows += _maps_of_chunks(some, chunks)[: len(images) - first]
+    return rows
+
+
+# ---------------------------------------------------------------- uncertainty maps
+
+
+def _not_finite(rows: Sequence[UncertaintyMaps]) -> list[int]:
+    """Positions of the images with a value that is not finite."""
+    finite = torch.stack([torch.stack([m.isfinite().all() for m in row[:4]]).all() for row in rows]).tolist()
+    return [i for i, ok in enumerate(finite) if not ok]
 
 
 def uncertainty_maps(
@@ -501,17 +402,15 @@ def uncertainty_maps(
 ) -> UncertaintyMaps:
     """Mean prediction, predictive variance and saliency variance of each image.
 
-    With ``z_t`` the logits of pass t and ``p_t = sigmoid(z_t)``:
-    ``mean_t p_t``, ``mean_t (p_t - p)^2``; the score ``S_t`` is the sum of all
-    logits, ``a_c = mean_ij dS_t / dA_cij`` its gradient at the activations A of
-    ``target_layer``, ``L_t`` the heatmap of :func:`grad_cam`, upsampled
-    bilinearly (half-pixel centres) to the image; its population variance is the
-    saliency variance. One forward and one backward a pass serve all of it, and
-    the backward ends at the target.
+    With ``z_t`` the logits of pass t and ``p_t = sigmoid(z_t)``, the prediction
+    is ``p = mean_t p_t`` and its variance ``mean_t (p_t - p)^2``. The score
+    ``S_t`` is the sum of all logits, ``a_c = mean_ij dS_t / dA_cij`` its gradient
+    at the activations A of ``target_layer``; the saliency variance is that of
+    the heatmaps of :func:`grad_cam`, upsampled bilinearly (half-pixel centres).
 
     The masks of pass t of an image depend on (seed, image id, t) alone, and
-    images are computed in groups of one shape, so the maps of an image do not
-    depend on the other images, nor on their order.
+    images are computed in groups of one shape, so the maps of an image depend
+    neither on the other images nor on their order.
 
     Args:
         model: any module with dropout modules that maps (K, C, H, W) to logits
@@ -521,24 +420,20 @@ def uncertainty_maps(
         target_layer: the submodule whose 4-d output Grad-CAM weighs.
         passes: T, at least 1 (one pass gives zero variance).
         seed: of the masks.
-        image_ids: one string an image; the position in the batch if None.
-        chunk: passes a forward; memory grows with it, the moments do not
-            depend on it (the convolution library may round differently for
-            another batch size). None: a rule of the image size, the network's
-            width and the kind of device.
+        image_ids: one string per image; the position in the batch if None.
+        chunk: passes per forward; memory grows with it, and the maps depend on
+            it by the convolution library's rounding alone. None: a rule of the
+            image size, the network's width and the kind of device.
         normalise_cam: whether each heatmap is divided by its maximum.
-        to_logits: how to get logits (K, 1, H, W) from the model's output; the
-            general path only.
-        method: "fast" is the algebra of :mod:`unet_inference`, for an
-            unmodified :class:`model.UNet` in float32 and the targets
-            ``encoder4`` and ``bottleneck``; "general" serves every model;
-            "auto" takes the fast one where it can.
+        to_logits: makes logits (K, 1, H, W) of the model's output; the general path only.
+        method: "general" serves every model; "fast" is the algebra of
+            :mod:`inference.unet_passes`, for an unmodified float32 U-Net and the
+            targets ``encoder4`` and ``bottleneck``; "auto" is fast where it can be.
         precision: of the convolutions. "fp32" is true float32 on every device;
             "tf32" lets CUDA round the factors to ten bits; "bf16" and "fp16"
-            store activations in half precision. Moments, sigmoid and heatmaps
-            are float32 always. "auto": see :data:`AUTO_PRECISION`. An image
-            whose maps are not finite in half precision is computed again in
-            fp32 and counted in ``fallbacks``.
+            store activations in half precision; "auto" is :data:`AUTO_PRECISION`.
+            Moments, sigmoid and heatmaps are float32 always. An image whose maps
+            are not finite in half precision is computed again in fp32.
 
     Returns:
         Maps on the device of ``images``.
@@ -547,49 +442,38 @@ def uncertainty_maps(
         ValueError: no active dropout, a model that does not reach the target or
             whose logits do not depend on it, non-finite logits in fp32, an
             unknown method or precision, or "fast" where it does not apply.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = UNet(width=4, dropout=0.2)
+        >>> maps = uncertainty_maps(model, torch.rand(1, 3, 16, 32), target_layer=model.encoder4, passes=2)
+        >>> maps.mean_prediction.shape, bool((maps.pred_variance > 0).any())
+        (torch.Size([1, 16, 32]), True)
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
     ids = [str(i) for i in range(len(images))] if image_ids is None else list(image_ids)
     if len(ids) != len(images):
         raise ValueError(f"{len(images)} images but {len(ids)} ids")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, not {precision!r}")
-    precision = AUTO_PRECISION if precision == "auto" else precision
+    for name, value, known in (("method", method, METHODS), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, not {value!r}")
     active_dropout(model)
-    applies = (
-        images.dtype == torch.float32 and to_logits is _binary_logits and supports(model, target_layer)
-    )
+    applies = images.dtype == torch.float32 and to_logits is _binary_logits and supports(model, target_layer)
     if method == "fast" and not applies:
-        raise ValueError(
-            "the fast path needs an unmodified UNet, float32 images, and encoder4 or bottleneck as the target"
-        )
+        raise ValueError("the fast path needs an unmodified UNet, float32 images, and encoder4 or bottleneck as the target")
+    precision = AUTO_PRECISION if precision == "auto" else precision
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-    def compute(chosen: Sequence[int], dtype: torch.dtype | None) -> list[list[Tensor]]:
-        some, names = images[list(chosen)], [ids[i] for i in chosen]
-        with _float32_as("tf32" if precision == "tf32" else "ieee"):
-            if applies and method != "general":
-                engine = UNetPasses(model, target_layer, dtype or torch.float32)  # type: ignore[arg-type]
-                return _fast_maps(engine, some, names, passes, seed, chunk, normalise_cam)
-            return _general_maps(
-                model, some, names, target_layer, passes, seed, chunk, normalise_cam, to_logits, dtype
-            )
-
-    def not_finite(rows: Sequence[Sequence[Tensor]]) -> list[int]:
-        finite = torch.stack([torch.stack([m.isfinite().all() for m in row[:4]]).all() for row in rows]).tolist()
-        return [i for i, ok in enumerate(finite) if not ok]
-
-    rows = compute(range(len(images)), half)
-    broken = not_finite(rows)
-    fallbacks = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    if broken and half is not None:
-        for i, row in zip(broken, compute(broken, None)):
-            rows[i] = row
-        fallbacks[broken] = 1
-        broken = not_finite(rows)
+    options = _Options(target_layer, passes, seed, chunk, normalise_cam, to_logits, half)
+    compute = _fast_maps if applies and method != "general" else _general_maps
+    with float32_convolutions("tf32" if precision == "tf32" else "ieee"):
+        rows = compute(model, images, ids, options)
+        broken = _not_finite(rows)
+        if broken and half is not None:
+            again = compute(model, images[broken], [ids[i] for i in broken], replace(options, half=None))
+            for i, row in zip(broken, again):
+                rows[i] = row._replace(fallbacks=torch.ones_like(row.fallbacks))
+            broken = _not_finite(rows)
     if broken:
         raise ValueError(f"the maps of image {ids[broken[0]]} are not finite")
-    return UncertaintyMaps(*(torch.stack(column) for column in zip(*rows)), fallbacks)
+    return UncertaintyMaps(*(torch.stack(column) for column in zip(*rows)))

@@ -1,6 +1,6 @@
 """Foreground calibration error at 11 lambdas: the streamed counters against what people use.
 
-    python benchmarks/calibration.py [--images 779] [--repeats 5]
+    python -m benchmarks.calibration [--images 779] [--repeats 5]
 
 All on one CPU thread and in one run, the competitors taking turns, so that a busy machine slows them alike; the
 table shows ratios of CPU time, their median and range. The maps are synthetic, as skewed as real ones. All start
@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from calibration import confidence_sum, count_confidence, expected_calibration_error  # noqa: E402
-from counters import count_curve  # noqa: E402
-from evaluation import lambda_errors  # noqa: E402
-from fusion import PREDICTIVE, SALIENCY, Fusion, Linear, lambda_grid  # noqa: E402
+from evaluation.calibration import confidence_sum, count_confidence, expected_calibration_error
+from evaluation.counting import count_curve
+from evaluation.fusion import Fusion, lambda_grid
+from evaluation.names import PREDICTIVE, SALIENCY
+from evaluation.normalisation import Linear
+from evaluation.tuning import lambda_errors
 
 BINS = 15
 SIDE = 256
@@ -141,7 +141,7 @@ def peak() -> float:
 
 def memory(method: str, images: int) -> float:
     """Growth of the peak in MiB, in a fresh process."""
-    command = [sys.executable, __file__, "--memory-of", method, "--images", str(images)]
+    command = [sys.executable, "-m", "benchmarks.calibration", "--memory-of", method, "--images", str(images)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

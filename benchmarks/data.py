@@ -1,6 +1,6 @@
 """Reading full-size originals: the decode-once cache against decoding every time.
 
-    python benchmarks/data.py --images DIR --masks DIR
+    python -m benchmarks.data --images DIR --masks DIR
 
 The plain alternative is what a typical ``__getitem__`` does: Pillow decodes
 image and mask at their full size and resizes them, each epoch again. Both read
@@ -14,7 +14,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,10 +22,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataset import decode_pairs, find_pairs  # noqa: E402
-from decoding import Pair  # noqa: E402
+from isic.cache import decode_pairs
+from isic.layout import Pair, find_pairs
 
 
 def plain_epoch(pairs: list[Pair], size: int) -> None:

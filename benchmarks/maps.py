@@ -6,11 +6,11 @@ medians, their spread, and ratios to the research loop; then the peak memory
 growth of each variant, each in a process of its own; then the counted
 multiply-adds and the share of this machine's measured convolution peak.
 
-    python benchmarks/maps.py                                    # width 16, 128 px
+    python -m benchmarks.maps                                    # width 16, 128 px
     # minutes a round; left to itself in the background
-    nohup python benchmarks/maps.py --width 64 --size 256 --warm-up 0 --variants "research,Captum,fp32,bf16" \\
+    nohup python -m benchmarks.maps --width 64 --size 256 --warm-up 0 --variants "research,Captum,fp32,bf16" \\
         --json maps64.json > maps64.txt &
-    python benchmarks/maps.py --device cuda --width 64 --size 256 --images 779
+    python -m benchmarks.maps --device cuda --width 64 --size 256 --images 779
 
 ``--images`` adds the whole job: that many pictures read from disk, their maps
 computed, and written as files.
@@ -40,11 +40,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataset import isic_folders  # noqa: E402
-from model import UNet  # noqa: E402
-from uncertainty import uncertainty_maps  # noqa: E402
+from isic.layout import isic_folders
+from model import UNet
+from uncertainty import uncertainty_maps
 
 Variant = Callable[[], object]
 
@@ -244,7 +242,7 @@ def peak_growth(run: Variant, device: torch.device) -> int:
 
 
 def memory_in_own_process(name: str, options: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--memory-of", name, "--passes", str(min(options.passes, 8))]
+    command = [sys.executable, "-m", "benchmarks.maps", "--memory-of", name, "--passes", str(min(options.passes, 8))]
     for key in ("width", "size", "threads", "device"):
         command += [f"--{key}", str(getattr(options, key))]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

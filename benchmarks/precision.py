@@ -4,7 +4,7 @@ The same trained network, images, masks and dropout seeds in each precision.
 ``--precision auto`` may take a precision only if every ECE changes by less
 than 1e-3 and the variance maps correlate above 0.999 with fp32's.
 
-    python benchmarks/precision.py results/isic2018/weights/best_model.pth --images FOLDER --masks FOLDER
+    python -m benchmarks.precision results/isic2018/weights/best_model.pth --images FOLDER --masks FOLDER
 
 The first third of the images gives the normalisation and lambda, the rest the
 ECEs.
@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import UNet  # noqa: E402
-from uncertainty import uncertainty_maps  # noqa: E402
+from model import UNet
+from uncertainty import uncertainty_maps
 
 VARIANCES = ("pred_variance", "saliency_variance")
 

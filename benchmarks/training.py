@@ -1,8 +1,8 @@
 """Training speed: the plain loop against ours, same network and batch.
 
-    python benchmarks/training.py                                  # images a second, synthetic pixels
-    python benchmarks/training.py --dice --data DIR --limit 500    # and the final Dice on real images
-    python benchmarks/training.py --width 64 --size 256            # the study's size, on a GPU
+    python -m benchmarks.training                                  # images a second, synthetic pixels
+    python -m benchmarks.training --dice --data DIR --limit 500    # and the final Dice on real images
+    python -m benchmarks.training --width 64 --size 256            # the study's size, on a GPU
 
 The plain loop is what a typical script does: float32 in the default layout,
 the same augmentation and the same optimiser, Pillow decoding each image in
@@ -17,7 +17,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,25 +30,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from config import Config, resolve_device  # noqa: E402
-from dataset import (  # noqa: E402
-    TrainingImages,
-    augmentation,
-    decode_pairs,
-    derived_seed,
-    find_pairs,
-    isic_folders,
-    limit_pairs,
-    normalise,
-    split_ids,
-)
-from decoding import Pair  # noqa: E402
-from model import UNet  # noqa: E402
-from processes import Processes  # noqa: E402
-from synthetic import write_synthetic_dataset  # noqa: E402
-from train import EpochBatches, train  # noqa: E402
+from dataset import TrainingImages, augmentation, derived_seed, normalise, split_ids
+from isic.cache import decode_pairs
+from isic.layout import Pair, find_pairs, isic_folders, limit_pairs
+from isic.synthetic import write_synthetic_dataset
+from model import UNet
+from runtime.config import Config
+from runtime.devices import resolve_device
+from runtime.processes import ProcessGroup
+from train import EpochBatches, train
 
 
 class PlainImages(Dataset):
@@ -107,7 +96,7 @@ def final_dice(pairs, config: Config, device: torch.device) -> float:
     """Validation Dice of a whole training."""
     split = split_ids(pairs.ids)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(config, pairs, split.train, split.validation + split.test, Processes(0, 1, device), Path(folder), "")
+        result = train(config, pairs, split.train, split.validation + split.test, ProcessGroup(0, 1, device), Path(folder), "")
     return result.best_dice
 
 

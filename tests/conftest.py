@@ -19,7 +19,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import ISIC_IMAGES, ISIC_MASKS  # noqa: E402
+from experiment.saved_run import SavedRun  # noqa: E402
+from isic.layout import ISIC_IMAGES, ISIC_MASKS  # noqa: E402
 
 torch.set_num_threads(1)  # sums in the same order in every process
 os.environ.pop("DISPLAY", None)
@@ -74,6 +75,17 @@ def process(*arguments: object, cwd: Path, script: str = "main.py", **options: o
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no figures and write no report, which would take most of the seconds of a tiny run."""
+    import reporting.run_pictures
+
+    def write_nothing(run: SavedRun, read: object) -> list[Path]:
+        return [run.folder / "report.html", run.folder / "report.md"]
+
+    monkeypatch.setattr(reporting.run_pictures, "draw_run", write_nothing)
 
 
 @pytest.fixture(scope="session")

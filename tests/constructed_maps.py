@@ -1,5 +1,10 @@
 """Small uncertainty maps with known properties, for the tests."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,17 +12,17 @@ import torch
 class Images:
     """A re-iterable of (id, maps), as the pipeline passes them."""
 
-    def __init__(self, items):
+    def __init__(self, items: Iterable[tuple[str, dict[str, Any]]]) -> None:
         self.items = list(items)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return iter(self.items)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
 
-def make_images(count, size=24, seed=0, prefix="image"):
+def make_images(count: int, size: int = 24, seed: int = 0, prefix: str = "image") -> Images:
     """`count` images, not all of one size, of a disc-shaped lesion whose mean prediction errs near the border."""
     generator = torch.Generator().manual_seed(seed)
     items = []
@@ -40,7 +45,7 @@ def make_images(count, size=24, seed=0, prefix="image"):
     return Images(items)
 
 
-def constructed_images(count, kind, size=32, seed=0, prefix="image"):
+def constructed_images(count: int, kind: str, size: int = 32, seed: int = 0, prefix: str = "image") -> Images:
     """Images whose foreground errs with a probability that the two variances a and b (uniform) determine.
 
     "informative": (a + b) / 2, so that lambda = 0.5 is calibrated and lambda = 1 is not, its ECE being
@@ -68,7 +73,7 @@ def constructed_images(count, kind, size=32, seed=0, prefix="image"):
     return Images(items)
 
 
-def label_copies(count=12, seed=1):
+def label_copies(count: int = 12, seed: int = 1) -> Images:
     """Images whose saliency variance is high wherever foreground is predicted, and knows nothing of errors beyond that."""
     images, generator = make_images(count, seed=seed), torch.Generator().manual_seed(seed)
     for _, maps in images:

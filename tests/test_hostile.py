@@ -21,16 +21,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dataset
-import download
+import experiment.maps
+import isic.cache
+import isic.download
 import train
-from checkpoints import load_checkpoint, load_model, save_checkpoint
-from config import Config
-from dataset import ISIC_IMAGES, ISIC_MASKS, BadPair, decode_pairs, find_pairs, isic_folders, split_ids
-from decoding import Pair, decode_pair, read_image, read_mask
+from dataset import split_ids
+from experiment.map_files import MAP_ARRAYS, read_maps, write_maps
+from isic.cache import decode_pairs
+from isic.decoding import decode_pair, read_image, read_mask
+from isic.layout import ISIC_IMAGES, ISIC_MASKS, Pair, SkippedPair, find_pairs, isic_folders
 from model import UNet
-from processes import Processes
-from storage import MAP_ARRAYS, UserError, read_json, read_maps, seal, write_json, write_maps
+from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint
+from runtime.config import Config
+from runtime.errors import UserError
+from runtime.processes import ProcessGroup
+from runtime.records import read_json, seal
 
 CPU = torch.device("cpu")
 
@@ -99,10 +104,10 @@ def test_a_broken_image_is_named_and_left_out_on_request(pairs, tmp_path, what):
     damage, message = BROKEN_IMAGES[what]
     damage(pairs[3].image)
     refused(lambda: decode_pairs(pairs, 32, tmp_path / "cache"), pairs[3].image.name, message)
-    bad: list[BadPair] = []
-    decoded = decode_pairs(pairs, 32, tmp_path / "cache", bad=bad)
+    skipped: list[SkippedPair] = []
+    decoded = decode_pairs(pairs, 32, tmp_path / "cache", skipped=skipped)
     assert decoded.ids == [pair.id for pair in pairs if pair is not pairs[3]]
-    ((id, file, reason),) = bad
+    ((id, file, reason),) = skipped
     assert (id, file) == (pairs[3].id, str(pairs[3].image))
     assert message in reason
 
@@ -184,9 +189,9 @@ def test_masks_with_soft_or_compressed_edges_are_not(tmp_path):
 def test_a_broken_mask_is_the_file_to_blame(pairs, tmp_path, damage, message):
     damage(pairs[2].mask)
     refused(lambda: decode_pair(pairs[2], 32), pairs[2].mask.name, message)
-    bad: list[BadPair] = []
-    decode_pairs(pairs, 32, tmp_path / "cache", bad=bad)
-    assert bad[0].file == str(pairs[2].mask)
+    skipped: list[SkippedPair] = []
+    decode_pairs(pairs, 32, tmp_path / "cache", skipped=skipped)
+    assert skipped[0].file == str(pairs[2].mask)
 
 
 # ---------------------------------------------------------------- names
@@ -215,9 +220,9 @@ def test_names_that_cannot_be_shown_or_saved(tmp_path, name):
     for folder in "im":
         shutil.copy(_save(tmp_path / "x.png"), tmp_path / folder / f"{name}.png")
     refused(lambda: find_pairs(tmp_path / "i", tmp_path / "m"), "in its name; rename it")
-    bad: list[BadPair] = []
-    assert [pair.id for pair in find_pairs(tmp_path / "i", tmp_path / "m", bad)] == ["fine"]
-    assert len(bad) == 1
+    skipped: list[SkippedPair] = []
+    assert [pair.id for pair in find_pairs(tmp_path / "i", tmp_path / "m", skipped)] == ["fine"]
+    assert len(skipped) == 1
 
 
 def test_files_that_claim_the_same_id_or_mask(tmp_path):
@@ -225,12 +230,12 @@ def test_files_that_claim_the_same_id_or_mask(tmp_path):
         _save(tmp_path / "i" / name)
     for name in ("a.png", "b_mask.png", "c.png", "c.bmp", "d.png"):
         _save(tmp_path / "m" / name)
-    bad: list[BadPair] = []
-    assert [pair.id for pair in find_pairs(tmp_path / "i", tmp_path / "m", bad)] == ["b", "d"]
-    assert [entry.id for entry in bad] == ["a", "b_mask", "c"]
-    assert "a.jpg and a.png have the same stem" in bad[0].reason
-    assert "b_mask.png is the mask of both b and b_mask" in bad[1].reason
-    assert "c.bmp and c.png have the same stem" in bad[2].reason
+    skipped: list[SkippedPair] = []
+    assert [pair.id for pair in find_pairs(tmp_path / "i", tmp_path / "m", skipped)] == ["b", "d"]
+    assert [entry.id for entry in skipped] == ["a", "b_mask", "c"]
+    assert "a.jpg and a.png have the same stem" in skipped[0].reason
+    assert "b_mask.png is the mask of both b and b_mask" in skipped[1].reason
+    assert "c.bmp and c.png have the same stem" in skipped[2].reason
     refused(lambda: find_pairs(tmp_path / "i", tmp_path / "m"), "have the same stem; keep one")
 
 
@@ -243,6 +248,7 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
 # ---------------------------------------------------------------- --skip-bad
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_skip_bad_lists_what_it_leaves_out_and_keeps_the_split(finished, tiny, tmp_path):
     data = tmp_path / "d"
     shutil.copytree(tiny, data)
@@ -280,6 +286,7 @@ def test_skip_bad_lists_what_it_leaves_out_and_keeps_the_split(finished, tiny, t
     assert outcome.returncode == 0, outcome.stderr
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_bad_pairs_skip_bad_changes_nothing(finished, tiny, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     flags = ("--data", tiny, "--results", "run", "--cache", finished.parent / "cache", *TINY_FLAGS)
@@ -324,7 +331,7 @@ def test_a_damaged_cache_is_decoded_anew(pairs, tmp_path, monkeypatch, damage):
     elif damage == "foreign index":
         index.write_text('{"pairs": [1]}')
     elif damage == "older program":
-        monkeypatch.setattr(dataset, "_maker", lambda size: {"decoding": 99})
+        monkeypatch.setattr(isic.cache, "_maker", lambda size: {"decoding": 99})
     else:
         content = json.loads(index.read_text())
         content["pairs"][pairs[0].id]["slot"] = content["pairs"][pairs[1].id]["slot"]
@@ -375,24 +382,24 @@ def test_checkpoints_that_are_hostile(tmp_path, monkeypatch):
         refused(lambda: load_checkpoint(path), "x.pth", "delete it")
     for options in ({"width": 2**20}, {"width": -2}, {"width": "a"}, {"colour": 1}, None, 3):
         save_checkpoint(path, {"model": UNet(4).state_dict(), "options": options})
-        refused(lambda: load_model(path, CPU), "x.pth does not fit")
+        refused(lambda: load_model(path, UNet, CPU), "x.pth does not fit")
     for model in ({}, None, {"a": 1}, UNet(4).double().state_dict()):
         save_checkpoint(path, {"model": model, "options": UNet(4).options})
-        refused(lambda: load_model(path, CPU), "x.pth does not fit")
+        refused(lambda: load_model(path, UNet, CPU), "x.pth does not fit")
     state = UNet(4).state_dict()
     state["head.bias"] = torch.tensor([float("nan")])
     save_checkpoint(path, {"model": state, "options": UNet(4).options})
-    refused(lambda: load_model(path, CPU), "x.pth holds weights that are NaN")
+    refused(lambda: load_model(path, UNet, CPU), "x.pth holds weights that are NaN")
 
 
 def test_weights_edited_by_hand_are_noticed(tmp_path):
     path = tmp_path / "x.pth"
     save_checkpoint(path, {"model": UNet(4).state_dict(), "options": UNet(4).options})
-    load_model(path, CPU)
+    load_model(path, UNet, CPU)
     content = torch.load(path, weights_only=True)
     content["model"]["head.bias"] += 1
     torch.save(content, path)
-    refused(lambda: load_model(path, CPU), "x.pth was changed after a run wrote it")
+    refused(lambda: load_model(path, UNet, CPU), "x.pth was changed after a run wrote it")
 
 
 def _again(run: Path, tiny: Path, cache: Path, *flags: object):
@@ -404,6 +411,7 @@ def copied(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_weights_of_another_run_and_lost_weights(copied, finished, tiny, tmp_path):
     cache, weights = finished.parent / "cache", copied / "weights" / "best_model.pth"
     original = weights.read_bytes()
@@ -415,7 +423,7 @@ def test_weights_of_another_run_and_lost_weights(copied, finished, tiny, tmp_pat
     assert "was not made from the weights" in outcome.stderr
     outcome = _again(copied, tiny, cache)
     # the best epoch was the last one: its weights are made again from the training state; else the run stops
-    state = load_checkpoint(copied / "weights" / "training_state.pth")["done"]
+    state = load_checkpoint(copied / "weights" / "training_state.pth")["progress"]
     assert outcome.returncode == (0 if state["best_epoch"] == state["epoch"] else 2)
     if outcome.returncode:
         assert "best_model.pth does not hold the weights of this run's best epoch" in outcome.stderr
@@ -429,15 +437,14 @@ def test_weights_of_another_run_and_lost_weights(copied, finished, tiny, tmp_pat
     assert read_json(copied / "metrics.json")["checksum"] == read_json(finished / "metrics.json")["checksum"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_maps_being_made_again_are_not_called_finished(copied, finished, tiny, monkeypatch):
-    import maps
-
     next((copied / "uncertainty_maps" / "test").iterdir()).unlink()
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(maps, "uncertainty_maps", interrupted)
+    monkeypatch.setattr(experiment.maps, "uncertainty_maps", interrupted)
     assert _again(copied, tiny, finished.parent / "cache").returncode == 130
     assert not (copied / "metrics.json").exists()
     monkeypatch.undo()
@@ -445,6 +452,7 @@ def test_maps_being_made_again_are_not_called_finished(copied, finished, tiny, m
     assert read_json(copied / "metrics.json")["checksum"] == read_json(finished / "metrics.json")["checksum"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_fused_score_of_another_fusion_is_made_again(copied, finished, tiny):
     path = sorted((copied / "uncertainty_maps" / "test").iterdir())[0]
     before, maps = path.read_bytes(), read_maps(path)
@@ -506,7 +514,7 @@ def test_a_configuration_edited_by_hand(copied, finished, tiny, text):
 
 
 def _unpack(archive: Path, root: Path) -> None:
-    download._unpack(archive, root, "inner")
+    isic.download._unpack(archive, root, "inner")
 
 
 def test_archives_that_are_hostile(tmp_path, monkeypatch):
@@ -517,7 +525,7 @@ def test_archives_that_are_hostile(tmp_path, monkeypatch):
         refused(lambda: _unpack(archive, root), "x.zip holds the unsafe path")
     _zip(archive, {"inner/zeros": b"\0" * 30_000_000}, zipfile.ZIP_DEFLATED)
     refused(lambda: _unpack(archive, root), "x.zip would grow from", "to 30000000 in 1 files", "delete it")
-    monkeypatch.setattr(download, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(isic.download, "MAX_MEMBERS", 3)
     _zip(archive, {f"inner/{i}": b"" for i in range(4)})
     refused(lambda: _unpack(archive, root), "in 4 files")
     # a member that declares less than it holds stops at what it declared, and its checksum tells
@@ -543,7 +551,7 @@ def test_the_first_step_without_a_finite_loss_is_named(tiny, tmp_path, monkeypat
     split = split_ids(decoded.ids)  # 16 for training: 4 steps an epoch
 
     def attempt(folder):
-        train.train(config, decoded, split.train, split.validation, Processes(0, 1, CPU), folder, "identity")
+        train.train(config, decoded, split.train, split.validation, ProcessGroup(0, 1, CPU), folder, "identity")
 
     real, calls = train.F.binary_cross_entropy_with_logits, [0]
 
@@ -557,8 +565,8 @@ def test_the_first_step_without_a_finite_loss_is_named(tiny, tmp_path, monkeypat
     monkeypatch.setattr(train.F, "binary_cross_entropy_with_logits", loss)
     refused(lambda: attempt(tmp_path / "run"), "training loss is nan at step 2 of 4 of epoch 2", "best_model.pth", "--lr")
     weights = tmp_path / "run" / "weights"
-    assert load_checkpoint(weights / "training_state.pth")["done"]["epoch"] == 1
-    load_model(weights / "best_model.pth", CPU)
+    assert load_checkpoint(weights / "training_state.pth")["progress"]["epoch"] == 1
+    load_model(weights / "best_model.pth", UNet, CPU)
     calls[0] = 100
     attempt(tmp_path / "run")  # from the epoch before, and as if nothing had happened
     attempt(tmp_path / "undisturbed")
@@ -646,7 +654,7 @@ def test_fuzz_masks(tmp_path, content):
 def _map_file() -> bytes:
     stream = io.BytesIO()
     maps = {name: np.ones((4, 4), kind) for name, kind in MAP_ARRAYS.items()}
-    np.savez(stream, **maps, empty_cams=np.int64(0), identity=np.array("abc"))
+    np.savez(stream, **maps, empty_cams=np.int64(0), fallbacks=np.int64(0), identity=np.array("abc"))
     return stream.getvalue()
 
 
@@ -666,7 +674,7 @@ def _checkpoint() -> bytes:
 @fuzz
 @given(damaged([_checkpoint()]))
 def test_fuzz_checkpoints(tmp_path, content):
-    model = only_user_errors(lambda path: load_model(path, CPU), tmp_path / "x.pth", content)
+    model = only_user_errors(lambda path: load_model(path, UNet, CPU), tmp_path / "x.pth", content)
     assert model is None or isinstance(model, UNet)
 
 
@@ -674,15 +682,3 @@ def test_fuzz_checkpoints(tmp_path, content):
 @given(damaged([json.dumps(seal({"lambda": 0.5, "normalisation": {"pred_variance": [0, 1]}, "a": [None, True]})).encode()]))
 def test_fuzz_json(tmp_path, content):
     only_user_errors(read_json, tmp_path / "x.json", content)
-
-
-def test_what_is_sealed_reads_back(tmp_path):
-    from storage import read_sealed
-
-    write_json(tmp_path / "x.json", seal({"b": (1, 2.5), "minutes": 3.0}))
-    assert read_sealed(tmp_path / "x.json")["b"] == [1, 2.5]
-    content = read_json(tmp_path / "x.json")
-    write_json(tmp_path / "x.json", {**content, "minutes": 4.0})  # wall-clock time is not sealed
-    read_sealed(tmp_path / "x.json")
-    write_json(tmp_path / "x.json", {**content, "b": [1, 2.6]})
-    refused(lambda: read_sealed(tmp_path / "x.json"), "x.json was changed")

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_FLAGS, process, write_pairs
 
-import interruption
-from dataset import decode_pairs, find_pairs, isic_folders
-from decoding import decode_pair
-from storage import FolderLock, remove_partials
+from isic.cache import decode_pairs
+from isic.decoding import decode_pair
+from isic.layout import find_pairs, isic_folders
+from runtime.lock import FolderLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -53,13 +53,14 @@ def _child(log: str, arguments: list[str], plan: dict) -> None:
     from tqdm import tqdm
 
     import main
-    import visualize
+    import reporting.galleries
+    import reporting.run_pictures
 
     tqdm.set_lock(threading.RLock())  # its default lock is a semaphore of the system, which outlives a killed process
     if plan.get("figures", True):
-        visualize.case_figure = lambda *arguments, **options: Figure((1, 1))  # the large one takes most of a tiny run
+        reporting.galleries.case_figure = lambda *arguments, **options: Figure((1, 1))  # the large one takes most of a tiny run
     else:
-        main.draw_figures = lambda *arguments: None
+        reporting.run_pictures.draw_run = lambda run, read: [run.folder / name for name in ("report.html", "report.md")]
     code = main.main(arguments)
     sys.stdout.flush()
     # as an interpreter does that ends: a stop can hit the very moment in which a pool starts a thread and forgets it
@@ -71,8 +72,6 @@ def _child(log: str, arguments: list[str], plan: dict) -> None:
 
 def _die_at_write(count: int, moment: str) -> None:
     """kill -9 this process at its ``count``-th file: with half of it written, before its renaming, or after."""
-    import storage
-
     replace, fsync, seen = os.replace, os.fsync, [0]
 
     def dying_fsync(descriptor: int) -> None:
@@ -89,7 +88,7 @@ def _die_at_write(count: int, moment: str) -> None:
         if seen[0] >= count and moment == "after":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    storage.os.fsync, storage.os.replace = dying_fsync, dying_replace
+    os.fsync, os.replace = dying_fsync, dying_replace
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,11 @@ def start(tmp_path_factory):
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "dataset", "albumentations", "matplotlib.backends.backend_agg", "test_interruption"])
+    context.set_forkserver_preload([
+        "main", "train", "experiment.maps", "experiment.results", "evaluation.study", "evaluation.summary",
+        "reporting.run_pictures", "albumentations", "sklearn.model_selection", "matplotlib.backends.backend_agg",
+        "test_interruption",
+    ])
     logs = tmp_path_factory.mktemp("logs")
     numbers = iter(range(10_000))
 
@@ -313,18 +316,10 @@ def test_stopped_in_every_stage_and_resumed(start, reference, tiny, tmp_path, pa
         same(tmp_path / "run", reference / "run")
 
 
-def test_a_helper_whose_run_hung_up_says_nothing(capsys):
-    for error in (ConnectionResetError("gone"), BrokenPipeError("gone"), EOFError()):
-        interruption._unless_hung_up(type(error), error, None)
-    assert capsys.readouterr().err == ""
-    interruption._unless_hung_up(ValueError, ValueError("a fault"), None)
-    assert "ValueError: a fault" in capsys.readouterr().err
-
-
 POOL = """
 import sys
-from interruption import StopSignals
-from synthetic import write_synthetic_dataset
+from runtime.signals import StopSignals
+from isic.synthetic import write_synthetic_dataset
 def main():
     try:
         with StopSignals():
@@ -354,21 +349,6 @@ def test_the_drawing_processes_end_with_the_run(tmp_path, how):
     running.stderr.close()
     _await(lambda: _group_is_gone(running.pid), timeout=15)
     assert len(list(tmp_path.glob("d/*/*.jpg"))) < 400
-
-
-def test_leftovers_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    names = {
-        f".x.npz.{gone.pid}.partial": False, f".x.npz.{os.getpid()}.partial": False, f".x.npz.{os.getppid()}.partial": True,
-        ".x.partial": True, "x.npz": True, ".x.npz.99999999999.partial": True, f"x.{gone.pid}.partial": True,
-    }
-    for name in names:
-        (tmp_path / name).touch()
-    (tmp_path / f".folder.{gone.pid}.partial").mkdir()
-    remove_partials(tmp_path, tmp_path / "nowhere")
-    assert {name: (tmp_path / name).exists() for name in names} == names
-    assert (tmp_path / f".folder.{gone.pid}.partial").exists()
 
 
 # ---------------------------------------------------------------- no room

@@ -16,12 +16,15 @@ import torch
 from conftest import TINY_FLAGS, command, process, write_pairs
 from PIL import Image
 
-from checkpoints import load_model
-from config import parse_config
-from dataset import ISIC_IMAGES, ISIC_MASKS
-from fusion import Fusion, Linear
-from main import find_source
-from storage import MAP_ARRAYS, fingerprint
+import visualize
+from evaluation.fusion import Fusion, Linear
+from experiment.map_files import MAP_ARRAYS
+from isic.layout import ISIC_IMAGES, ISIC_MASKS, find_pairs
+from isic.source import find_source
+from model import UNet
+from runtime.checkpoints import load_model
+from runtime.config import parse_config
+from runtime.records import fingerprint
 
 
 def test_a_run_leaves_what_the_readme_says(finished):
@@ -49,7 +52,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert len(rows) == 5
     checkpoint = torch.load(finished / "weights" / "best_model.pth", weights_only=True)
     assert checkpoint["options"]["width"] == 4
-    load_model(finished / "weights" / "best_model.pth", torch.device("cpu"))
+    load_model(finished / "weights" / "best_model.pth", UNet, torch.device("cpu"))
 
 
 def test_config_says_what_made_the_run(finished, tiny):
@@ -132,6 +135,7 @@ def _numbers(run: Path) -> dict:
     return metrics
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_second_run_reuses_weights_and_maps_and_a_lost_map_is_made_again(copied, finished, tiny):
     stamps = {path: path.stat().st_mtime_ns for path in copied.glob("*/*.pth")}
     stamps |= {path: path.stat().st_mtime_ns for path in copied.glob("*/*/*.npz")}
@@ -149,6 +153,7 @@ def test_a_second_run_reuses_weights_and_maps_and_a_lost_map_is_made_again(copie
     assert _numbers(copied) == _numbers(finished)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_configuration_is_refused_with_the_difference_named(copied, tiny):
     outcome = _run_again(copied, tiny, "--passes", 4)
     assert outcome.returncode == 2
@@ -159,6 +164,7 @@ def test_another_configuration_is_refused_with_the_difference_named(copied, tiny
     assert json.loads((copied / "config.json").read_text())["configuration"]["passes"] == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_weights_of_another_run_give_what_training_them_again_would(finished, tiny, tmp_path):
     shared = ("--data", tiny, "--cache", finished.parent / "cache", *TINY_FLAGS, "--passes", 4)
     taken = command(*shared, "--results", tmp_path / "taken", "--weights-from", finished, cwd=tmp_path)
@@ -199,6 +205,7 @@ def test_a_run_does_not_take_its_own_weights_nor_delete_them(copied, tiny, tmp_p
     assert (copied / "weights" / "best_model.pth").is_file() and (copied / "metrics.json").is_file()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_taken_weights_are_part_of_what_a_run_is(copied, tiny, tmp_path):
     flags = ("--data", tiny, "--cache", tmp_path / "cache", *TINY_FLAGS, "--results", tmp_path / "other")
     for _ in range(2):
@@ -221,6 +228,7 @@ def test_the_script_itself(finished, tiny, tmp_path):
     assert running.returncode == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_data_the_run_is_synthetic_and_says_so_everywhere(tmp_path):
     paper = ("--schedule", "constant")  # said, and therefore kept, though it is the default that the preset replaces
     outcome = command("--synthetic-images", 24, *TINY_FLAGS[1:], *paper, cwd=tmp_path)
@@ -238,6 +246,7 @@ def test_without_data_the_run_is_synthetic_and_says_so_everywhere(tmp_path):
         assert source.synthetic  # whoever names the folder does not make the lesions real
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_names_and_modes_work(tmp_path):
     source = write_pairs(tmp_path / "source", 12)
     (tmp_path / "p").mkdir()
@@ -376,13 +385,10 @@ def test_visualize_refuses_a_configuration_that_was_edited(copied, tmp_path):
 
 
 def test_visualize_shows_the_maps_that_the_run_saved(finished):
-    import visualize
-    from dataset import find_pairs
-
     record = json.loads((finished / "config.json").read_text())
     pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]))}
     id = record["split"]["test"][2]
-    case, _, _ = visualize.compute_case(finished, pairs[id], pairs[id].image, id, torch.device("cpu"))
+    case, _, _ = visualize.compute_case(finished, pairs[id], pairs[id].image, id, "cpu")
     with np.load(finished / "uncertainty_maps" / "test" / f"{id}.npz") as saved:
         for key in ("mean_prediction", "pred_variance", "saliency_variance", "fused_score"):
             np.testing.assert_array_equal(case.maps[key], saved[key])

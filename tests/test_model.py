@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model import UNet
+from model import UPSAMPLINGS, UNet
+from runtime import config
 
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
@@ -47,3 +48,7 @@ def test_options_out_of_range(options):
 def test_sizes_that_cannot_be_halved_four_times():
     with pytest.raises(ValueError, match="multiples of 16"):
         UNet(4)(torch.zeros(1, 3, 40, 32))
+
+
+def test_the_command_line_offers_the_same_upsamplings():
+    assert UPSAMPLINGS == config.UPSAMPLINGS

@@ -1,20 +1,15 @@
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from docs.study import document
+from reporting.formats import number, percent, signed
+from runtime.errors import UserError
+from runtime.records import read_json, read_sealed, seal, write_json
 
-import study_document as document  # noqa: E402
-
-from formats import number, percent, signed  # noqa: E402
-from storage import UserError, read_json, read_sealed, seal, write_json  # noqa: E402
-
-DOCS = ROOT / "docs"
+DOCS = document.ROOT / "docs"
 TEMPLATE = DOCS / "study" / "STUDY.template.md"
 NAMES = (*document.SEEDS, *document.ABLATIONS)
 # settings of the experiment, which the text may name

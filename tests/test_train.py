@@ -1,27 +1,27 @@
-"""Training: overlap, the learning rate, checkpoints, resuming, reproducibility."""
+"""Training: the learning rate, one step, the loop, resuming, reproducibility."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import random
+import csv
 from dataclasses import replace
 
 import pytest
 import torch
-from sklearn.metrics import f1_score, jaccard_score, log_loss
+from sklearn.metrics import log_loss
 
-from checkpoints import load_checkpoint, load_model, weights_fingerprint
-from config import Config
-from dataset import decode_pairs, find_pairs, isic_folders, normalise, split_ids
+from dataset import normalise, split_ids
+from isic.cache import decode_pairs
+from isic.layout import find_pairs, isic_folders
 from model import UNet
-from processes import Processes
-from storage import UserError
-from train import EpochBatches, learning_rate, segmentation_overlap, train, training_precision
+from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, weights_fingerprint
+from runtime.config import Config
+from runtime.errors import UserError
+from runtime.processes import ProcessGroup
+from train import Progress, learning_rate, resumable_state, save_best, train, validate
 
 CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine")
 CPU = torch.device("cpu")
-ALONE = Processes(0, 1, CPU)
+ALONE = ProcessGroup(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +30,14 @@ def data(tiny, tmp_path_factory):
     return pairs, split_ids(pairs.ids)
 
 
-def run(folder, data, config=CONFIG, progress=lambda count, note: None):
+def run(folder, data, config=CONFIG, report=lambda count, note: None, **options):
     pairs, split = data
-    return train(config, pairs, split.train, split.validation, ALONE, folder, "identity", progress)
+    return train(config, pairs, split.train, split.validation, ALONE, folder, "identity", report, **options)
 
 
 def stacked(pairs, ids):
     """Images and masks of these ids, as tensors."""
     return (torch.stack([torch.from_numpy(part(id).copy()) for id in ids]) for part in (pairs.image, pairs.mask))
-
-
-def test_overlap_against_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    prediction, truth = (torch.rand(5, 9, 7, generator=generator) > 0.6 for _ in range(2))
-    dice, jaccard = segmentation_overlap(prediction, truth)
-    for i in range(5):
-        assert dice[i].item() == pytest.approx(f1_score(truth[i].flatten(), prediction[i].flatten()), abs=1e-12)
-        assert jaccard[i].item() == pytest.approx(jaccard_score(truth[i].flatten(), prediction[i].flatten()), abs=1e-12)
-
-
-def test_overlap_of_empty_masks_is_one_and_of_disjoint_ones_zero():
-    empty, full = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
-    assert [float(value) for value in segmentation_overlap(empty, empty)] == [1, 1]
-    assert [float(value) for value in segmentation_overlap(empty, full)] == [0, 0]
 
 
 def test_cosine_schedule_goes_from_the_start_to_a_hundredth():
@@ -68,50 +53,19 @@ def test_warm_up_rises_linearly():
     assert [learning_rate(config, epoch) for epoch in (0, 1, 2, 9)] == pytest.approx([0.00025, 0.25025, 0.5, 0.5])
 
 
-def test_precision_of_training(monkeypatch):
-    assert training_precision("fp16", CPU) == torch.float16
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert training_precision("auto", CPU) == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert training_precision("auto", CPU) == torch.bfloat16
-
-
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
 def test_either_precision_learns_with_clipping_and_warm_up(tmp_path, data, amp):
     result = run(tmp_path, data, replace(CONFIG, epochs=25, lr=5e-3, patience=25, amp=amp, clip=1.0, warmup=1))
     assert result.best_dice > 0.8
 
 
-def test_batches_are_a_permutation_that_changes_with_the_epoch():
-    order = EpochBatches(20, 8, seed=1)
-    first = list(order)
-    assert first == list(order)
-    assert [len(batch) for batch in first] == [8, 8, 4]
-    assert sorted(position for batch in first for _, position in batch) == list(range(20))
-    order.epoch = 1
-    assert [[position for _, position in batch] for batch in order] != [[p for _, p in batch] for batch in first]
-
-
-def test_processes_share_the_same_global_batches():
-    whole = list(EpochBatches(23, 8, seed=1))
-    parts = [list(EpochBatches(23, 8, seed=1, rank=rank, world=3)) for rank in range(3)]
-    assert [sum(step, []) for step in zip(*parts)] == whole
-
-
-def test_a_last_batch_of_one_image_is_left_out_and_too_many_processes_are_refused():
-    assert [len(batch) for batch in EpochBatches(17, 8, seed=1)] == [8, 8]
-    with pytest.raises(UserError, match="2 images for 3 processes"):
-        EpochBatches(18, 8, seed=1, world=3)
-
-
 def test_training_learns_and_keeps_the_best_epoch(tmp_path, data):
     result = run(tmp_path, data, replace(CONFIG, epochs=25, lr=5e-3, patience=25))
     dices = [row["validation_dice"] for row in result.log]
     assert result.best_dice == max(dices) > 0.8
-    saved = load_checkpoint(tmp_path / "weights" / "best_model.pth")
-    assert saved["epoch"] == dices.index(max(dices)) + 1
-    assert weights_fingerprint(load_model(tmp_path / "weights" / "best_model.pth", CPU)) == weights_fingerprint(result.model)
+    best = tmp_path / "weights" / "best_model.pth"
+    assert load_checkpoint(best)["epoch"] == dices.index(max(dices)) + 1
+    assert weights_fingerprint(load_model(best, UNet, CPU)) == weights_fingerprint(result.model)
 
 
 def test_early_stopping_counts_epochs_without_a_better_dice(tmp_path, data):
@@ -136,7 +90,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images):
             raise Killed
 
     with pytest.raises(Killed):
-        run(tmp_path / "broken", data, progress=interrupt)
+        run(tmp_path / "broken", data, report=interrupt)
     resumed = run(tmp_path / "broken", data)
     assert weights_fingerprint(resumed.model) == weights_fingerprint(whole.model)
     timing = ("images_per_second", "seconds_waited_for_data")
@@ -160,38 +114,7 @@ def test_a_loss_that_is_no_number_stops_with_the_epoch_named(tmp_path, data):
         run(tmp_path, data, replace(CONFIG, lr=1e30, schedule="constant", epochs=6, patience=6))
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-class Code:
-    def __reduce__(self):
-        return (os.mkdir, ("must_not_exist",))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"random bytes", random.Random(0).randbytes(5000), pickle.dumps(Code()), pickle.dumps({"model": 1})],
-    ids=["empty", "short", "long", "code", "no weights"],
-)
-def test_checkpoints_that_are_none_are_one_line_and_run_no_code(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "best.pth").write_bytes(content)
-    with pytest.raises(UserError, match="best.pth"):
-        load_model(tmp_path / "best.pth", CPU)
-    assert not (tmp_path / "must_not_exist").exists()
-
-
-def test_a_checkpoint_that_does_not_fit_its_options(tmp_path):
-    torch.save({"model": UNet(4).state_dict(), "options": UNet(8).options}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="does not fit"):
-        load_model(tmp_path / "x.pth", CPU)
-    with pytest.raises(UserError, match="run main.py first"):
-        load_model(tmp_path / "none.pth", CPU)
-
-
 def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
-    from train import validate
-
     pairs, split = data
     torch.manual_seed(0)
     model = UNet(4).eval()
@@ -219,3 +142,78 @@ def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
     with torch.no_grad():
         excess = torch.sigmoid(drawn(normalise(images))).mean() - masks.float().mean()
     assert abs(excess) > 0.01 and (trained["head.bias"] - drawn.head.bias) * excess < 0
+
+
+def test_each_epoch_is_announced_and_reported(tmp_path, data):
+    epochs, seen = [], []
+
+    def go(config=CONFIG):
+        epochs.clear()
+        seen.clear()
+        run(tmp_path, data, config, lambda count, note: seen.append((count, note)), before_epoch=lambda: epochs.append(len(seen)))
+
+    go()
+    images = len(data[1].train)
+    assert len(epochs) == 3 and epochs[0] == 1  # before anything is trained, and after the state was looked at
+    assert seen[0] == (0, "epoch 0/3") and seen[1][1] == "epoch 1/3, best Dice 0.0000"
+    assert sum(count for count, _ in seen) == 3 * images
+    go()  # finished: nothing is trained, and all of it counts as done
+    assert epochs == [] and seen == [(3 * images, "epoch 3/3")]
+
+
+def test_the_log_is_a_table_with_a_row_per_epoch(tmp_path, data):
+    result = run(tmp_path, data)
+    with open(tmp_path / "training_log.csv", newline="") as stream:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    assert rows == result.log
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["learning_rate"] for row in rows] == [learning_rate(CONFIG, epoch) for epoch in range(3)]
+    (tmp_path / "training_log.csv").unlink()  # a run may have died just before it wrote this
+    run(tmp_path, data)
+    assert (tmp_path / "training_log.csv").is_file()
+
+
+# ---------------------------------------------------------------- the state to go on from
+
+
+def _state(epoch, best_epoch, model, identity="identity", **fields):
+    progress = Progress(epoch, 0.75, best_epoch, weights_fingerprint(model), epoch - best_epoch, [{"epoch": 1}])
+    return {
+        "model": model.state_dict(), "options": model.options, "identity": identity,
+        "progress": {**vars(progress), **fields},
+    }
+
+
+def test_a_state_of_another_run_or_without_its_best_weights_starts_over(tmp_path):
+    state_path, best_path = tmp_path / "state.pth", tmp_path / "best.pth"
+    assert resumable_state(state_path, best_path, "identity") is None
+    model = UNet(2)
+    save_checkpoint(state_path, _state(3, 2, model))
+    assert resumable_state(state_path, best_path, "identity") is None  # the best weights are lost, and were of an earlier epoch
+    save_best(best_path, _state(2, 2, model))
+    assert resumable_state(state_path, best_path, "another") is None
+    assert resumable_state(state_path, best_path, "identity")["progress"] == vars(
+        Progress(3, 0.75, 2, weights_fingerprint(model), 1, [{"epoch": 1}]))
+    save_checkpoint(state_path, {key: value for key, value in _state(3, 2, model).items() if key != "progress"})
+    assert resumable_state(state_path, best_path, "identity") is None
+
+
+def test_a_run_that_died_between_its_two_files_makes_the_best_weights_again(tmp_path):
+    state_path, best_path = tmp_path / "state.pth", tmp_path / "best.pth"
+    older, newer = UNet(2), UNet(2)
+    for left in (None, older):
+        best_path.unlink(missing_ok=True)
+        if left is not None:
+            save_best(best_path, _state(2, 2, left))
+        save_checkpoint(state_path, _state(3, 3, newer))
+        assert resumable_state(state_path, best_path, "identity") is not None
+        best = load_checkpoint(best_path)
+        assert (best["epoch"], best["validation_dice"], best["identity"]) == (3, 0.75, "identity")
+        assert weights_fingerprint(load_model(best_path, UNet, CPU)) == weights_fingerprint(newer)
+
+
+def test_weights_that_are_not_those_of_the_best_epoch_are_refused(tmp_path):
+    save_best(tmp_path / "best.pth", _state(2, 2, UNet(2)))
+    save_checkpoint(tmp_path / "state.pth", _state(3, 2, UNet(2)))
+    with pytest.raises(UserError, match=r"best.pth does not hold the weights of this run's best epoch \(2\)"):
+        resumable_state(tmp_path / "state.pth", tmp_path / "best.pth", "identity")

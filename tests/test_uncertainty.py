@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import doctest
 import math
 import os
 import subprocess
@@ -13,67 +13,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from constructed_networks import HEIGHT, MAPS, WIDTH, numpy_mask, pictures, relative_error, unet
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import unet_inference  # noqa: E402
-from model import UNet  # noqa: E402
-from uncertainty import (  # noqa: E402
+import inference.masks
+import inference.unet_passes
+import model as model_module
+import runtime.config
+import uncertainty
+from inference.unet_passes import UNetPasses
+from model import UNet
+from uncertainty import (
     Moments,
     active_dropout,
-    dropout_masks,
+    binary_entropy_of_logits,
+    capture_activations,
     grad_cam,
-    mask_key,
-    mask_noise,
     mc_dropout,
     uncertainty_maps,
-    watch,
-    zero_dropped,
 )
 
-HEIGHT, WIDTH = 48, 80
-SEED = 7
-MAPS = ("mean_prediction", "pred_variance", "saliency_variance", "expected_entropy")
-
-
-def unet(upsampling: str = "bilinear", dropout: float = 0.2, seed: int = SEED, width: int = 4) -> UNet:
-    """A U-Net that is nobody's special case: moved statistics, affine batch norms, logits that spread."""
-    torch.manual_seed(seed)
-    model = UNet(width=width, dropout=dropout, upsampling=upsampling)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.3, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.8)
-            nn.init.normal_(module.bias, 0, 0.3)
-        elif isinstance(module, nn.Conv2d):
-            module.weight.data.mul_(1.6)
-    model.head.weight.data.mul_(3.0)
-    return model.eval()
-
-
-def pictures(count: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 1) -> torch.Tensor:
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------- an independent reference
-
-
-def numpy_mask(seed: int, image_id: str, t: int, site: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
-    """The keep-mask in unsigned NumPy arithmetic, from the description alone."""
-
-    def mix(x: np.ndarray) -> np.ndarray:
-        x = (x * np.uint32(0x2C1B3C6D)).astype(np.uint32)
-        x = ((x ^ (x >> np.uint32(15))) * np.uint32(0x297A2D39)).astype(np.uint32)
-        return x ^ (x >> np.uint32(15))
-
-    digest = hashlib.sha256(f"{seed}|{image_id}|{t}|{site}".encode()).digest()
-    key = np.uint32(int.from_bytes(digest[:4], "little"))
-    mixed = mix(mix(np.arange(1, math.prod(shape) + 1, dtype=np.uint32)) ^ key)
-    # the comparison is one of signed integers, whose smallest stands for zero
-    return torch.from_numpy(mixed.view(np.int32).astype(np.int64) + 2**31 >= round(p * 2**32)).view(shape)
 
 
 def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed: int, ids: list[str]):
@@ -136,16 +99,6 @@ def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed:
     return [torch.stack(column) for column in zip(*columns)], min(margins)
 
 
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest deviation over the largest expected value of each image; the worst image.
-
-    A variance can be zero at a pixel where rounding is not, so the scale of
-    the deviation is the map's, not the pixel's.
-    """
-    deviation = (value.double() - expected.double()).abs().flatten(1).amax(1)
-    return float((deviation / expected.double().abs().flatten(1).amax(1)).max())
-
-
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
 @pytest.mark.parametrize("target", ["encoder4", "bottleneck"])
 def test_fast_path_is_general_path_is_slow_float64_loop(upsampling, target):
@@ -161,47 +114,6 @@ def test_fast_path_is_general_path_is_slow_float64_loop(upsampling, target):
             assert relative_error(getattr(maps, name), value) < 1e-5, (method, name)
         assert torch.equal(maps.empty_cams, expected[4])
         assert not maps.fallbacks.any()
-
-
-@pytest.mark.parametrize("form", ["_Dense", "_ExchangedRows", "_Exchanged"])
-@pytest.mark.parametrize("height,width", [(1, 1), (1, 5), (2, 2), (3, 1), (5, 7), (16, 3)])
-def test_upsampling_and_convolution_exchanged(form, height, width, monkeypatch):
-    """Each form of upsample-then-convolve and its adjoint, in float64, whole and in bands of rows."""
-    torch.manual_seed(0)
-    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
-    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
-    skip = torch.randn(1, 4, 2 * height, 2 * width, dtype=torch.float64)
-    up = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    y = F.conv2d(up, weight, padding=1) + skip
-    g = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, x, g)
-    cast = lambda w: w.contiguous(memory_format=torch.channels_last)  # noqa: E731
-    for band in (1 << 20, 1):
-        monkeypatch.setattr(unet_inference, "BAND", band)
-        chosen = getattr(unet_inference, form)(weight, cast)
-        forward = chosen.forward_add(cast(x.detach()), cast(skip))
-        torch.testing.assert_close(forward, y.detach(), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(chosen.backward(cast(g)), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_learnt_upsampling_and_convolution_composed():
-    torch.manual_seed(0)
-    weight, up = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3, 3, 3), (6, 3, 2, 2)))
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
-    skip = torch.randn(1, 4, 6, 10, dtype=torch.float64)
-    y = F.conv2d(F.conv_transpose2d(x, up, stride=2), weight, padding=1) + skip
-    g = torch.randn_like(y)
-    composed = unet_inference._Composed(weight, up, lambda w: w)
-    torch.testing.assert_close(composed.forward_add(x.detach(), skip), y.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(composed.backward(g), torch.autograd.grad(y, x, g)[0], rtol=1e-12, atol=1e-12)
-
-
-def test_border_sums_replace_the_convolution():
-    torch.manual_seed(0)
-    weight, g = torch.randn(5, 3, 3, 3, dtype=torch.float64), torch.randn(2, 5, 4, 6, dtype=torch.float64)
-    expected = F.conv_transpose2d(g, weight, padding=1).sum((2, 3))
-    sums = unet_inference._border_sums(g) @ unet_inference._sum_matrix(weight)
-    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------- invariances
@@ -226,21 +138,12 @@ def test_maps_do_not_depend_on_order_company_or_chunks(method):
         assert not torch.equal(getattr(other, name), getattr(alone, name))
 
 
-def test_pieces_and_bands_change_nothing_but_rounding(monkeypatch):
-    model, images = unet(), pictures(1)
-    maps = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
-    monkeypatch.setattr(unet_inference, "PIECE", 1 << 10)
-    monkeypatch.setattr(unet_inference, "BAND", 1 << 10)
-    pieces = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
-    for name in MAPS:
-        assert relative_error(getattr(pieces, name), getattr(maps, name)) < 1e-5
-
-
 def test_two_processes_agree_bit_for_bit():
     program = (
         "import sys, hashlib, torch; sys.path[:0] = sys.argv[1:]\n"
         "torch.set_num_threads(1)\n"
-        "from test_uncertainty import unet, pictures, uncertainty_maps\n"
+        "from constructed_networks import unet, pictures\n"
+        "from uncertainty import uncertainty_maps\n"
         "m = unet()\n"
         "for method in ('general', 'fast'):\n"
         "    maps = uncertainty_maps(m, pictures(), target_layer=m.encoder4, passes=3, method=method)\n"
@@ -363,6 +266,27 @@ def test_grad_cam_by_hand():
     assert raw[:, 0].tolist() == [[4.0, 2.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
 
 
+def test_capturing_cuts_the_graph_and_leaves_no_hook():
+    """y = b(a(x)): the gradient of sum(y) at a(x) is b's weight, summed over outputs; nothing reaches a or x."""
+    a, b = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 1)
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    with capture_activations(a) as captured:
+        b(a(x)).sum().backward()
+        assert len(captured) == 1
+        torch.testing.assert_close(captured[0].grad[0, :, 0, 0], b.weight.detach().sum(0).flatten())
+        a(2 * x)
+        assert len(captured) == 1 and torch.equal(captured[0], a(2 * x).detach())  # the newest alone
+    assert x.grad is None and a.weight.grad is None and not a._forward_hooks
+
+
+def test_entropy_is_that_of_the_probabilities():
+    z = torch.tensor([-30.0, -1.0, 0.0, 0.5, 30.0], dtype=torch.float64)
+    p = torch.sigmoid(z)
+    expected = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+    torch.testing.assert_close(binary_entropy_of_logits(z), expected, rtol=1e-6, atol=1e-14)
+    assert binary_entropy_of_logits(torch.tensor([-1e4, 0.0, 1e4])).tolist() == [0.0, pytest.approx(math.log(2)), 0.0]
+
+
 # ---------------------------------------------------------------- against pytorch-grad-cam
 
 
@@ -382,12 +306,12 @@ def test_grad_cam_is_that_of_pytorch_grad_cam(target):
     layer = getattr(model, target)
     theirs = library.GradCAM(model, [layer])(images, targets=[lambda output: output.sum()])[0]  # H, W
     model.zero_grad(set_to_none=True)
-    with watch(layer) as seen:
+    with capture_activations(layer) as seen:
         score = model(images).sum()
         (gradient,) = torch.autograd.grad(score, seen[0])
     activations = seen[0].detach()
     # without dropout the engine has no site, and one pass is the plain network
-    engine = unet_inference.UNetPasses(model, layer)
+    engine = UNetPasses(model, layer)
     _, weights = engine(engine.encode(images), 1, lambda x, site, first: None)
     for a in (gradient.mean((2, 3)), weights):
         cam, _ = grad_cam(activations, a, normalise=False)
@@ -395,45 +319,6 @@ def test_grad_cam_is_that_of_pytorch_grad_cam(target):
         ours = rescaled(ours)
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
         assert ours.max() > 0.5
-
-
-# ---------------------------------------------------------------- masks
-
-
-def test_masks_are_independent_and_have_the_right_rate():
-    p, n = 0.2, 200_000
-    noise = mask_noise((n,), torch.device("cpu"))
-    keys = [mask_key(42, "x", t, s) for t in range(6) for s in range(2)] + [mask_key(43, "x", 0, 0), mask_key(42, "y", 0, 0)]
-    masks = dropout_masks(torch.tensor(keys, dtype=torch.int32), noise, p).double()
-    deviation = math.sqrt(p * (1 - p) / n)  # of a mean; five of them are exceeded once in two million
-    assert ((masks.mean(1) - (1 - p)).abs() < 5 * deviation).all()
-    centred = (masks - (1 - p)) / math.sqrt(p * (1 - p))
-    correlation = centred @ centred.T / n - torch.eye(len(keys), dtype=torch.float64)
-    between = correlation.masked_fill(torch.eye(len(keys), dtype=torch.bool), 0)
-    assert between.abs().max() < 5 / math.sqrt(n)  # passes, sites, seeds and images
-    for lag in (1, 2, 3, 8, 64, 80, 256, 4096):  # neighbours along rows, columns and channels
-        neighbours = (centred[:, lag:] * centred[:, :-lag]).mean(1)
-        assert neighbours.abs().max() < 5 / math.sqrt(n - lag)
-    agreement = (masks[0] == masks[1]).double().mean()
-    assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 / math.sqrt(n)
-
-
-def test_masks_are_the_ones_described():
-    key = mask_key(7, "ISIC_0000000", 3, 1)
-    masks = dropout_masks(torch.tensor([key], dtype=torch.int32), mask_noise((4, 6, 5), torch.device("cpu")), 0.3)
-    assert torch.equal(masks[0], numpy_mask(7, "ISIC_0000000", 3, 1, (4, 6, 5), 0.3))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", [1e-12, 0.2, 0.5, 0.999])
-def test_dropping_in_place_is_multiplying_by_the_mask(dtype, p):
-    x = torch.randn(3, 4, 6, 10).to(dtype).contiguous(memory_format=torch.channels_last)
-    x[0, 0, 0, 0] = -0.0
-    keys = torch.tensor([mask_key(1, "a", t, 0) for t in range(3)], dtype=torch.int32)
-    noise = mask_noise(x.shape[1:], x.device)
-    expected = x * dropout_masks(keys, noise, p)
-    zero_dropped(x, keys, noise[None].contiguous(memory_format=torch.channels_last), p)
-    assert torch.equal(x, expected)
 
 
 # ---------------------------------------------------------------- precision
@@ -557,14 +442,7 @@ def test_a_target_that_the_logits_do_not_depend_on_is_an_error(cut):
 
 def test_the_fast_path_is_for_the_unmodified_network():
     model = unet()
-    supports = unet_inference.supports
-    assert supports(model, model.encoder4) and supports(model, model.bottleneck)
-    assert not supports(model, model.encoder3) and not supports(nn.Sequential(model), model.encoder4)
-    handle = model.decoder2.register_forward_hook(lambda *_: None)
-    assert not supports(model, model.encoder4)
-    handle.remove()
     model.decoder2.convolutions[2] = nn.LeakyReLU()
-    assert not supports(model, model.encoder4)
     with pytest.raises(ValueError, match="unmodified UNet"):
         uncertainty_maps(model, pictures(), target_layer=model.encoder4, method="fast")
     maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=2)  # general, by itself
@@ -610,3 +488,16 @@ def test_another_librarys_network_works():
     assert relative_error(maps.pred_variance, expected.var(0, unbiased=False)[None]) < 1e-3
     assert maps.saliency_variance.max() > 0
     assert "out" in model(images) and not any(m.training for m in model.modules())
+
+
+# ---------------------------------------------------------------- one truth
+
+
+def test_the_command_line_offers_the_same_precisions():
+    assert uncertainty.PRECISIONS == runtime.config.PRECISIONS
+
+
+@pytest.mark.parametrize("module", [uncertainty, inference.masks, inference.unet_passes, model_module])
+def test_the_examples_in_the_docstrings_hold(module):
+    failed, attempted = doctest.testmod(module)
+    assert failed == 0 and attempted > 0

@@ -1,0 +1,168 @@
+"""The bootstrap over images, intervals, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.arrays import Array
+from evaluation.names import CONFIDENCE_STEP
+
+Key = TypeVar("Key", bound=object)
+
+LOWER_IS_BETTER, HIGHER_IS_BETTER = 1.0, -1.0
+
+
+def bootstrap_weights(images: int, resamples: int = 10_000, seed: int = 42, chunk: int = 256) -> Iterator[Array]:
+    """Image-level resamples as weights, in chunks.
+
+    Pixels of one image depend on each other, images do not: the image is the unit. The same arguments give the
+    same rows, so that statistics from several calls are paired.
+
+    Args:
+        images: how many I there are to draw from.
+        resamples: rows in all.
+        seed: of the draws.
+        chunk: rows at a time at most.
+
+    Yields:
+        (r, I) float64: how often each image was drawn, with replacement, as many as there are.
+
+    Raises:
+        ValueError: there is no image.
+
+    Example:
+        >>> (weights,) = bootstrap_weights(images=5, resamples=3)
+        >>> weights.shape, weights.sum(1).tolist()
+        ((3, 5), [5.0, 5.0, 5.0])
+    """
+    if images < 1:
+        raise ValueError("no images to resample")
+    rng = np.random.default_rng(seed)
+    for first in range(0, resamples, chunk):
+        rows = min(chunk, resamples - first)
+        drawn = rng.integers(0, images, size=(rows, images)) + images * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(np.float64)
+
+
+def bootstrap(
+    counters: Mapping[str, Array], statistics: Callable[[dict[str, Array]], Mapping[Key, Array]],
+    resamples: int = 10_000, seed: int = 42, chunk: int = 256,
+) -> dict[Key, Array]:
+    """Statistics of resampled counters; the resampling is one matrix product, whose memory `chunk` bounds.
+
+    Efron & Tibshirani, 1993.
+
+    Args:
+        counters: arrays (I, ...) that add up over images; float32 ones are multiplied in float32.
+        statistics: maps a dictionary of such arrays, summed, (r, ...), to a dictionary of arrays (r, ...).
+        resamples, seed, chunk: see :func:`bootstrap_weights`.
+
+    Returns:
+        What `statistics` returns, (R, ...) each, in the order of the resamples.
+
+    Example:
+        >>> samples = bootstrap({"pixels": np.array([3, 3])}, lambda summed: {"mean": summed["pixels"] / 2}, resamples=4)
+        >>> samples["mean"].tolist()  # both images hold three pixels, whichever is drawn
+        [3.0, 3.0, 3.0, 3.0]
+    """
+    shapes = {name: np.shape(value)[1:] for name, value in counters.items()}
+    flat = {}
+    for name, value in counters.items():
+        dtype = np.float32 if value.dtype == np.float32 else np.float64
+        flat[name] = np.ascontiguousarray(value, dtype=dtype).reshape(len(value), -1)
+    results: dict[Key, list[Array]] = {}
+    for weights in bootstrap_weights(len(next(iter(flat.values()))), resamples, seed, chunk):
+        summed = {
+            name: (weights.astype(value.dtype, copy=False) @ value).reshape((len(weights),) + shapes[name])
+            for name, value in flat.items()
+        }
+        for key, found in statistics(summed).items():
+            results.setdefault(key, []).append(np.asarray(found, dtype=np.float64))
+    return {key: np.concatenate(parts) for key, parts in results.items()}
+
+
+def interval(samples: npt.ArrayLike, level: float = 0.95) -> Array:
+    """Percentile interval over axis 0; NaN samples (an empty region) are left out.
+
+    It covers in about 95 % of repetitions for differences and for errors well above their noise. The ECE of a nearly
+    calibrated score is biased upwards (see :func:`expected_calibration_error`), its resamples are so once
+    more, and the interval then lies above the truth: read the paired difference instead, in which the bias of
+    two such scores largely cancels.
+
+    Args:
+        samples: (R, ...).
+        level: coverage in (0, 1).
+
+    Returns:
+        Lower and upper bound, (2, ...); NaN where all samples are.
+
+    Example:
+        >>> interval(np.arange(101.0)).round(9).tolist()
+        [2.5, 97.5]
+    """
+    samples = np.asarray(samples, dtype=float)
+    tail = (1.0 - level) / 2.0
+    empty = np.isnan(samples).all(0)
+    filled = np.where(empty, 0.0, samples)
+    bounds = np.nanquantile(filled, [tail, 1.0 - tail], axis=0)
+    return np.where(empty, np.nan, bounds)
+
+
+def verdict(difference: float, low: float, high: float) -> str:
+    """What a paired difference of errors and its interval show.
+
+    An interval that keeps away from 0 by less than 2**-24, the step of a confidence, shows rounding.
+
+    Args:
+        difference, low, high: lower is better; NaN shows nothing.
+
+    Returns:
+        "improves", "degrades" or "no difference shown".
+
+    Example:
+        >>> verdict(-0.02, -0.03, -0.01), verdict(0.02, -0.01, 0.03)
+        ('improves', 'no difference shown')
+    """
+    if np.isfinite([difference, low, high]).all():
+        if high < -CONFIDENCE_STEP:
+            return "improves"
+        if low > CONFIDENCE_STEP:
+            return "degrades"
+    return "no difference shown"
+
+
+def estimate(value: float, samples: Array) -> dict[str, Any]:
+    """A number with its 95 % interval, as "value" and "interval"; samples (R,)."""
+    return {"value": value, "interval": interval(samples)}
+
+
+def paired_difference(
+    values: Array, samples: Array, first: int, second: int, better: float | None = LOWER_IS_BETTER
+) -> dict[str, Any]:
+    """The first number minus the second, with its interval from the same resamples and what it shows.
+
+    Args:
+        values: of all scores, (S,).
+        samples: of all scores, (R, S).
+        first, second: positions of the two scores.
+        better: `LOWER_IS_BETTER` or `HIGHER_IS_BETTER`; None leaves the verdict out.
+
+    Returns:
+        "value", "interval" and "verdict".
+
+    Example:
+        >>> samples = np.array([[1.0, 3.0], [2.0, 4.0]])  # the second is larger by 2 in every resample
+        >>> found = paired_difference(np.array([1.5, 3.5]), samples, 0, 1)
+        >>> float(found["value"]), found["interval"].tolist(), found["verdict"]
+        (-2.0, [-2.0, -2.0], 'improves')
+        >>> paired_difference(np.array([1.5, 3.5]), samples, 0, 1, HIGHER_IS_BETTER)["verdict"]
+        'degrades'
+    """
+    found = estimate(values[first] - values[second], samples[:, first] - samples[:, second])
+    if better is not None:
+        found["verdict"] = verdict(better * found["value"], *sorted(better * found["interval"]))
+    return found

@@ -1,0 +1,80 @@
+"""The file of one image's maps: its schema, written whole, checked when read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+from runtime.records import check_stored, write_npz
+
+#: The arrays of a map file and their types; all are (H, W).
+MAP_ARRAYS = {
+    "mean_prediction": np.float32,
+    "pred_variance": np.float32,
+    "saliency_variance": np.float32,
+    "expected_entropy": np.float32,
+    "fused_score": np.float32,
+    "true_mask": np.uint8,
+}
+
+
+def write_maps(
+    path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str, fallbacks: int = 0, fusion: str | None = None
+) -> None:
+    """Save the maps of one image.
+
+    Args:
+        path: ``<id>.npz``.
+        maps: arrays (H, W) named as in ``MAP_ARRAYS``; "fused_score" may come later.
+        empty_cams: how many Grad-CAM heatmaps were zero everywhere.
+        identity: fingerprint of what made the maps.
+        fallbacks: 1 where the maps overflowed in half precision and were made in fp32, else 0.
+        fusion: fingerprint of the fusion that made "fused_score", where that is there.
+    """
+    arrays: dict[str, np.ndarray] = {
+        **maps, "empty_cams": np.array(empty_cams, np.int64), "fallbacks": np.array(fallbacks, np.int64),
+        "identity": np.array(identity),
+    }
+    if fusion is not None:
+        arrays["fusion"] = np.array(fusion)
+    write_npz(path, arrays)
+
+
+def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
+    """Read and check the maps of one image: the arrays, "empty_cams", "fallbacks", "identity" and perhaps "fusion".
+
+    Raises:
+        UserError: the file is missing or broken, lacks an array of ``need``,
+            or holds NaN or a shape or type that does not belong there.
+    """
+    remedy = "delete it and run main.py again"
+    try:
+        check_stored(path)
+        with np.load(path, allow_pickle=False) as content:
+            maps = {name: content[name] for name in content.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+    except Exception as error:  # zipfile and numpy raise many kinds on broken bytes
+        raise UserError(f"{path} is not a map file of this program ({type(error).__name__}); {remedy}") from error
+    for name in (*need, "empty_cams", "fallbacks", "identity"):
+        if name not in maps:
+            raise UserError(f"{path} lacks {name}; {remedy}")
+    shape = maps["mean_prediction"].shape if "mean_prediction" in maps else ()
+    for name, kind in MAP_ARRAYS.items():
+        if name in maps:
+            values = maps[name]
+            if values.dtype != kind or values.ndim != 2 or values.shape != shape or values.size == 0:
+                raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
+            if not np.isfinite(values).all():
+                raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
+    for name, kinds, plain in (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str)):
+        if maps[name].ndim != 0 or maps[name].dtype.kind not in kinds:
+            raise UserError(f"{path}: {name} is {maps[name].dtype} {maps[name].shape}; {remedy}")
+        maps[name] = plain(maps[name])
+    if "fusion" in maps:
+        maps["fusion"] = str(maps["fusion"])
+    return maps

@@ -1,0 +1,87 @@
+"""The numbers that a finished run left, without its maps and weights."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.config import Config
+from runtime.errors import UserError
+from runtime.records import read_json, read_sealed
+
+
+class SavedRun(NamedTuple):
+    """What a finished run saved, except maps and weights.
+
+    Attributes:
+        folder: the results folder.
+        metrics: ``metrics.json``.
+        record: ``config.json``.
+        rows: ``per_image.csv``, one row per test image; numbers are floats, NaN where the cell is empty.
+        log: ``training_log.csv``, one row per epoch, likewise.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    record: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    log: Sequence[Mapping[str, Any]]
+
+
+class Setting(NamedTuple):
+    """A setting of a run beside the default."""
+
+    name: str
+    value: Any
+    default: Any
+
+
+def load_run(folder: Path) -> SavedRun:
+    """Read the numbers of a finished run.
+
+    Args:
+        folder: its results folder.
+
+    Raises:
+        UserError: a file is missing or broken; the line names it.
+    """
+    folder = Path(folder)
+    return SavedRun(
+        folder, read_sealed(folder / "metrics.json"), read_json(folder / "config.json"),
+        read_table(folder / "per_image.csv"), read_table(folder / "training_log.csv"),
+    )
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file; every column but "id" as floats, an empty cell as NaN.
+
+    Args:
+        path: the file; its first line names the columns.
+
+    Raises:
+        UserError: the file is missing or holds a word where a number belongs.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            return [
+                {key: value if key == "id" else float(value or "nan") for key, value in row.items()}
+                for row in csv.DictReader(stream)
+            ]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; run main.py again") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a table of this program ({error}); run main.py again") from error
+
+
+def settings(run: SavedRun) -> list[Setting]:
+    """Every recorded setting that decides the numbers of a run, in the order of the configuration.
+
+    The number of synthetic images is left out: it says nothing about a run on other images.
+    """
+    used = run.record.get("configuration", {})
+    return [
+        Setting(name, used[name], default) for name, default in Config().experiment().items()
+        if name in used and name != "synthetic_images"
+    ]

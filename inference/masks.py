@@ -1,0 +1,188 @@
+"""Seeded dropout masks from a counter-based generator: the same bits on every device and in any order.
+
+Shapes: K masks, T passes, B images, C channels, h w pixels of a feature map.
+
+Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+2011 (generators that map a counter and a key to a random number, without state).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+# ---------------------------------------------------------------- the generator
+
+
+def mask_key(seed: int, image_id: str, pass_index: int, site: int) -> int:
+    """The key of one dropout mask, as a signed 32-bit integer.
+
+    It is a SHA-256 of the four arguments: masks of different seeds, images,
+    passes and sites are unrelated, and none depends on what else is computed.
+
+    Args:
+        seed: of the whole computation.
+        image_id: names the image.
+        pass_index: t, from 0 to T - 1.
+        site: number of the dropout site, from 0, in the order of the forward pass.
+
+    Example:
+        >>> mask_key(42, "ISIC_0000000", 0, 0)
+        671115121
+    """
+    digest = hashlib.sha256(f"{seed}|{image_id}|{pass_index}|{site}".encode()).digest()
+    return int.from_bytes(digest[:4], "little", signed=True)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of the 32-bit integers that scatters neighbours; works in place.
+
+    Multiplication by an odd constant and xor with its own upper half, twice:
+    the construction of MurmurHash3's finaliser. Products wrap around. The
+    mask after ``>>`` makes the shift of a signed integer a logical one,
+    without which the step would lose the sign bit.
+    """
+    x.mul_(0x2C1B3C6D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x297A2D39)
+    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+
+
+def mask_noise(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The part of the masks' random numbers that depends on the position alone.
+
+    Args:
+        shape: of one mask.
+        device: where the masks are needed.
+
+    Returns:
+        int32 ``shape``: the mixed numbers 1, 2, 3, ... in row-major order.
+    """
+    count = 1
+    for length in shape:
+        count *= length
+    return _mix(torch.arange(1, count + 1, dtype=torch.int32, device=device)).view(*shape)
+
+
+def dropout_masks(keys: Tensor, noise: Tensor, p: float) -> Tensor:
+    """Masks of the elements to keep, one for each key.
+
+    Element i of the mask with key k is kept when ``mix(noise_i xor k)``, an
+    integer uniform over 32 bits, is at least ``p * 2^32``.
+
+    Args:
+        keys: int32 (K,), from :func:`mask_key`.
+        noise: int32, from :func:`mask_noise`.
+        p: probability of dropping an element, in [0, 1).
+
+    Returns:
+        bool (K, *noise.shape), True with probability 1 - p.
+
+    Example:
+        >>> keys = torch.tensor([mask_key(42, "ISIC_0000000", t, 0) for t in range(2)], dtype=torch.int32)
+        >>> dropout_masks(keys, mask_noise((4,), keys.device), 0.5)
+        tensor([[False, False, False,  True],
+                [ True, False, False, False]])
+    """
+    return _mix(keys.view(-1, *[1] * noise.dim()) ^ noise) >= _bound(p)
+
+
+def _bound(p: float) -> int:
+    """``p * 2^32``, counted from the smallest signed integer."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
+    """``x * dropout_masks(keys, noise, p)``, in place.
+
+    Args:
+        x: float (K, C, h, w), of any memory format.
+        keys: int32 (K,).
+        noise: int32 (1, C, h, w), best in the memory format of x.
+        p: as in :func:`dropout_masks`.
+
+    Returns:
+        x itself.
+    """
+    if not x.is_cpu:
+        return x.mul_(dropout_masks(keys, noise[0], p))
+    if x.dtype != torch.float32:
+        return x.copy_(zero_dropped(x.float(), keys, noise, p))
+    # The threshold operator, zero where the random number is at most bound - 1, on the bits of x taken as
+    # integers: one vectorised sweep, where a comparison and a product with booleans cost many times as much.
+    mixed, bits = _mix(keys.view(-1, 1, 1, 1) ^ noise), x.view(torch.int32)
+    torch.ops.aten.threshold_backward.grad_input(bits, mixed, max(_bound(p) - 1, -(2**31)), grad_input=bits)
+    return x
+
+
+# ---------------------------------------------------------------- masks at the dropout sites
+
+
+class MaskSource:
+    """Seeded masks for the dropout modules of any model, one image at a time.
+
+    A site is numbered by when the forward pass reaches it, so :meth:`start`
+    must be called before each forward.
+
+    Args:
+        seed: of the masks.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.image_id, self.passes, self.site = "", range(0), 0
+
+    def start(self, image_id: str, passes: range) -> None:
+        """Begin a forward whose batch axis is ``passes`` of one image."""
+        self.image_id, self.passes, self.site = image_id, passes, 0
+
+    def apply(self, module: _DropoutNd, x: Tensor) -> Tensor:
+        """What the module would return for x (K, ...), under the masks of the next site."""
+        if isinstance(module, nn.Dropout):
+            shape = x.shape[1:]
+        else:  # the channel-wise ones drop whole feature maps
+            shape = torch.Size([x.shape[1]] + [1] * (x.dim() - 2))
+        keys = [mask_key(self.seed, self.image_id, t, self.site) for t in self.passes]
+        self.site += 1
+        masks = dropout_masks(
+            torch.tensor(keys, dtype=torch.int32, device=x.device), mask_noise(shape, x.device), module.p
+        )
+        return x * masks.to(x.dtype) * (1.0 / (1.0 - module.p))
+
+
+class InPlaceDropout:
+    """Seeded masks for some images' passes at once: the ``drop`` of :class:`inference.unet_passes.UNetPasses`.
+
+    Args:
+        seed: of the masks.
+        image_ids: of the B images.
+        passes: T.
+        rates: probability of dropping an element at each site.
+        device: of the tensors to come.
+    """
+
+    def __init__(
+        self, seed: int, image_ids: Sequence[str], passes: int, rates: Sequence[float], device: torch.device
+    ) -> None:
+        sites = range(len(rates))
+        keys = [[[mask_key(seed, i, t, site) for site in sites] for i in image_ids] for t in range(passes)]
+        self.keys = torch.tensor(keys, dtype=torch.int32, device=device)  # T, B, sites; copied once
+        self.rates = rates
+        self.passes = range(passes)
+        self.noise: dict[torch.Size, Tensor] = {}
+
+    def start(self, passes: range) -> None:
+        """Begin a forward of ``passes`` of all images; its batch axis is pass-major."""
+        self.passes = passes
+
+    def __call__(self, x: Tensor, site: int, first: int) -> None:
+        """Zero what the site's masks drop of x (n, C, h, w): rows ``first`` to ``first + n`` of the whole batch."""
+        shape = x.shape[1:]
+        if shape not in self.noise:
+            noise = mask_noise(shape, x.device)[None]
+            self.noise[shape] = noise.contiguous(memory_format=torch.channels_last)
+        keys = self.keys[self.passes.start : self.passes.stop, :, site].reshape(-1)[first : first + len(x)]
+        zero_dropped(x, keys, self.noise[shape], self.rates[site])

@@ -1,0 +1,93 @@
+"""All pictures of a run together: its figures, its galleries, and the report that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiment.saved_run import SavedRun
+from reporting.charts import draw_run_figures
+from reporting.galleries import RULES, Candidates, ImageReader, gallery_figure
+from reporting.report import write_report
+from reporting.style import save_figure
+
+ROWS = 3  # of the galleries that every run draws
+
+
+def draw_run(run: SavedRun, read: ImageReader | None = None) -> list[Path]:
+    """Draw all figures of a run and write its report; returns the files.
+
+    Args:
+        run: its saved numbers.
+        read: gives the image of an id at map resolution; the galleries of every rule are drawn with it from saved
+            maps. Without it the galleries that lie in the folder stay as they are.
+
+    Raises:
+        UserError: the metrics lack something that belongs there, or a map file is missing or broken.
+    """
+    paths = draw_run_figures(run) + ([] if read is None else draw_galleries(run, read))
+    return [*paths, *write_report(run)]
+
+
+def draw_galleries(run: SavedRun, read: ImageReader, names: Sequence[str] = tuple(RULES)) -> list[Path]:
+    """Draw galleries into the run's folder; one that can choose no image leaves no file. Returns the files.
+
+    Args:
+        run: its saved numbers.
+        read: gives the image of an id at map resolution.
+        names: which rules.
+
+    Raises:
+        UserError: an unknown rule, or a map file is missing or broken.
+    """
+    paths = []
+    for name in names:
+        path = run.folder / "figures" / f"gallery_{name}.png"
+        figure = draw_gallery(run, name, ROWS, run_seed(run), read)
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            paths.append(save_figure(figure, path))
+    return paths
+
+
+def draw_gallery(run: SavedRun, name: str, n: int, seed: int, read: ImageReader) -> Figure | None:
+    """The gallery of one rule, or None where the rule can choose no image.
+
+    Args:
+        run: its saved numbers.
+        name: the rule, a key of ``RULES``.
+        n: most images.
+        seed: of the random rule.
+        read: gives the image of an id at map resolution.
+    """
+    threshold = float(run.record["configuration"]["threshold"])
+    return gallery_figure(name, test_images(run, seed), n, read, threshold=threshold, **labels(run))
+
+
+def test_images(run: SavedRun, seed: int) -> Candidates:
+    """The saved test images of a run, as the rules of the galleries look at them."""
+    return Candidates(run.rows, run.folder / "uncertainty_maps" / "test", run.metrics["normalisation"], seed)
+
+
+def run_seed(run: SavedRun) -> int:
+    """The seed of the run's training and masks."""
+    return int(run.record["configuration"]["seed"])
+
+
+def labels(run: SavedRun, how: str = "") -> dict[str, Any]:
+    """What every picture of cases says about the run, as keyword arguments: note, synthetic and data_note.
+
+    Args:
+        run: its saved numbers.
+        how: what else the note says, before the number of passes and λ.
+    """
+    made = f"T = {run.record['configuration']['passes']}, λ = {run.metrics['lambda']:g}"
+    return {
+        "note": f"{how}, {made}" if how else made,
+        "synthetic": bool(run.metrics["synthetic"]),
+        "data_note": run.metrics.get("data_note"),
+    }

@@ -1,0 +1,276 @@
+"""The sections of the report, one function each, in the order in which they are read.
+
+Sentences with numbers are templates of :mod:`reporting.quotes`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+from evaluation.names import HEADLINE, REFERENCE
+from experiment.saved_run import SavedRun, settings
+from reporting.caveats import NOTHING, caveats
+from reporting.document import Block, Bullets, Code, Contents, Heading, Paragraph, Picture, Table, Text, plain
+from reporting.figure_texts import FIGURE_TEXTS, GALLERY_ALT, GALLERY_CAPTIONS, GALLERY_LEGEND
+from reporting.formats import (
+    MISSING,
+    REGION_NAMES,
+    SCORE_NAMES,
+    SYNTHETIC_NOTE,
+    count,
+    general,
+    is_number,
+    percent,
+    sentence_case,
+    signed,
+    signed_span,
+    spaced,
+    span,
+)
+from reporting.galleries import RULES
+from reporting.quotes import Quotes
+from runtime.progress import duration
+
+MEASURES = {
+    "ece": "expected calibration error (ECE)",
+    "signed_gap": "signed gap: confidence minus accuracy",
+    "mce": "largest gap of a bin",
+    "ace": "mean gap of the bins",
+    "brier": "Brier score",
+    "log_loss": "log loss, nats",
+    "auroc": "AUROC for errors (higher is better)",
+    "auprc": "AUPRC for errors (higher is better)",
+    "aurc": "area under risk and coverage",
+    "excess_aurc": "the same, above the ideal ranking",
+}
+SIGNED_MEASURES = ("signed_gap",)
+OVERLAPS = {"dice": "Dice", "jaccard": "Jaccard", "thresholded_jaccard": "Jaccard, 0 where below 0.65"}
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def answer(run: SavedRun, quote: Quotes) -> list[Block]:
+    """The verdict, the table it rests on, and the table of contents."""
+    blocks: list[Block] = [
+        Heading(1, f"Fusing predictive and saliency variance: {run.folder.resolve().name}"),
+        Paragraph(quote("verdict", str), "lead"),
+    ]
+    if run.metrics["synthetic"]:
+        works = f"{SYNTHETIC_NOTE}. These numbers show that the pipeline works; they say nothing about patients."
+        blocks.append(Paragraph(works, "synthetic"))
+    if run.metrics.get("data_note"):
+        blocks.append(Paragraph(quote.fill("Data: {data_note:text}"), "note"))
+    return [
+        *blocks,
+        Table("Foreground calibration error on the test set; lower is better",
+              ("score", "λ", "ECE", "95 % interval", "minus predictive variance", "95 % interval", "verdict"),
+              [_row_of_score(quote, score) for score in HEADLINE], words=(0, 6)),
+        Paragraph(quote.fill(
+            "Pixels inside the true lesions of {test.images:count} test images. Intervals are percentiles of "
+            "{bootstrap.resamples:count} bootstrap resamples of whole images; differences are paired. No difference is "
+            "shown where the interval of the difference holds zero."), "note"),
+        Paragraph("The same question after the confidences were recalibrated on validation:"),
+        Bullets([quote(f"verdict_recalibrated.{method}", str) for method in run.metrics["verdict_recalibrated"]]),
+        Table("Segmentation: mean over images, with 95 % interval", ("measure", "validation", "test"),
+              [_row_of_overlap(quote, key) for key in OVERLAPS]),
+        Contents(),
+    ]
+
+
+def _row_of_score(quote: Quotes, score: str) -> list[Text]:
+    """A row of the headline table: name, λ, ECE with interval, difference with interval and verdict."""
+    error = quote(f"test.foreground_ece.{score}")
+    weight: Text = {"predictive_variance": "1", "saliency_variance": "0"}.get(score) or quote("lambda", general)
+    row: list[Text] = [SCORE_NAMES[score], weight, error]
+    row.append(quote(f"test.foreground_ece_interval.{score}", span) if error.text != MISSING else MISSING)
+    path = f"test.foreground_ece_difference.{score}_minus_predictive_variance"
+    if score == REFERENCE:
+        return [*row, "reference", "", ""]
+    if not is_number(quote.get(f"{path}.value")):
+        return [*row, MISSING, "", ""]
+    return [*row, quote(f"{path}.value", signed), quote(f"{path}.interval", signed_span), quote(f"{path}.verdict", str)]
+
+
+def _row_of_overlap(quote: Quotes, key: str) -> list[Text]:
+    """A row of the table of segmentation: the measure, then its mean with interval on validation and on test."""
+    row: list[Text] = [OVERLAPS[key]]
+    for part in ("validation", "test"):
+        row.append([quote(f"{part}.{key}"), " (", quote(f"{part}.{key}_interval", span), ")"])
+    return row
+
+
+def before_you_quote(run: SavedRun) -> list[Block]:
+    """What limits the numbers."""
+    return [Heading(2, "Before you quote a number", "warnings"), Bullets(caveats(run) or [NOTHING], "warnings")]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def figures(run: SavedRun, quote: Quotes) -> list[Block]:
+    """The figures of the run that lie in its folder."""
+    blocks: list[Block] = [Heading(2, "Figures", "figures")]
+    for name, texts in FIGURE_TEXTS.items():
+        alt, caption = _marked(run, plain(quote.fill(texts.alt))), quote.fill(texts.caption)
+        path = run.folder / "figures" / f"{name}.png"
+        if path.is_file():
+            blocks += [Heading(3, texts.title), Picture(path, alt, caption)]
+    return blocks
+
+
+def cases(run: SavedRun, quote: Quotes) -> list[Block]:
+    """The galleries that lie in the run's folder; nothing where there are none."""
+    blocks: list[Block] = []
+    for name, rule in RULES.items():
+        path = run.folder / "figures" / f"gallery_{name}.png"
+        if path.is_file():
+            caption = GALLERY_CAPTIONS[name] if blocks else f"{GALLERY_CAPTIONS[name]} {GALLERY_LEGEND}"
+            alt = _marked(run, plain(quote.fill(GALLERY_ALT, title=rule.title)))
+            blocks += [Heading(3, sentence_case(rule.title)), Picture(path, alt, caption, photo=True)]
+    return [Heading(2, "Cases, chosen by rule", "cases"), *blocks] if blocks else []
+
+
+def _marked(run: SavedRun, alt: str) -> str:
+    """The description of a picture, with the word that the lesions are synthetic, where they are."""
+    return f"{alt} {SYNTHETIC_NOTE.capitalize()}." if run.metrics["synthetic"] else alt
+
+
+# ---------------------------------------------------------------- tables
+
+
+def all_measures(quote: Quotes) -> list[Block]:
+    """A table of every measure for each region."""
+    blocks: list[Block] = [Heading(2, "All measures", "measures")]
+    for region, words in REGION_NAMES.items():
+        base = f"test.regions.{region}.scores"
+        rows: list[Sequence[Text]] = [
+            [name, *(quote.estimate(f"{base}.{score}.{measure}", measure in SIGNED_MEASURES) for score in HEADLINE)]
+            for measure, name in MEASURES.items() if measure in quote.get(f"{base}.fused")
+        ]
+        blocks += [
+            Heading(3, sentence_case(words)),
+            Table(f"Test set, {words}, with 95 % intervals; lower is better where nothing else is said",
+                  ("measure", *(SCORE_NAMES[score] for score in HEADLINE)), rows),
+        ]
+    return blocks
+
+
+def study(quote: Quotes) -> list[Block]:
+    """What the study found; nothing where the run made none."""
+    if "study" not in quote.metrics:
+        return []
+    return [
+        Heading(2, "Beyond the paper's fusion", "study"),
+        Heading(3, "Normalisations and fusion rules"),
+        Table("Foreground ECE on test of every normalisation and rule, fitted on validation; the difference is from "
+              "min-max normalised predictive variance",
+              ("normalisation", "rule", "ECE (95 % interval)", "difference (95 % interval)", "verdict"),
+              [_row_of_rule(quote, index) for index in range(len(quote.get("study.rules")))], words=(0, 1, 4)),
+        Heading(3, "What saliency variance adds"),
+        Paragraph(
+            "Models fitted on validation predict whether a pixel is wrong from the mean prediction and the predictive variance, "
+            "without and with the saliency variance: logistic ones of second order, and boosted trees, which have no form of "
+            "their own. Saliency adds something where the log loss falls or the AUROC rises. Inside the true lesions an error is "
+            "a pixel that was predicted background, so that whatever tells the predicted label seems to find errors: a gain "
+            "there by models that do not know this label says nothing, and those that know it cannot gain."),
+        _added_value(quote, "added_value", "Logistic models"),
+        _added_value(quote, "added_value_of_trees", "Boosted trees"),
+        *_without_widest_image(quote),
+    ]
+
+
+def _row_of_rule(quote: Quotes, index: int) -> list[Text]:
+    """A row of the table of rules: normalisation, rule, ECE, difference from the reference, verdict."""
+    path = f"study.rules.{index}"
+    rule = quote.get(path)
+    name = spaced(rule["rule"]) + (f" (λ = {general(rule['parameter'])})" if rule["rule"] == "convex" else "")
+    row: list[Text] = [rule["normalisation"].replace("_", "-"), name, quote.estimate(f"{path}.foreground_ece")]
+    if (rule["normalisation"], rule["rule"]) == ("min_max", "predictive"):
+        return [*row, "reference", ""]
+    difference = f"{path}.minus_predictive_variance"
+    return [*row, quote.estimate(difference, True), quote(f"{difference}.verdict", str)]
+
+
+def _added_value(quote: Quotes, key: str, models: str) -> Table:
+    """What these models gain by the saliency variance, by region, without and with the predicted label."""
+    rows: list[Sequence[Text]] = []
+    for region in quote.get(f"study.{key}"):
+        for pair, label in (("with_minus_without", "unknown"), ("label_with_minus_label_without", "known")):
+            path = f"study.{key}.{region}.difference.{pair}"
+            row: list[Text] = [spaced(region), label]
+            for measure in ("log_loss", "auroc"):
+                row += [quote.estimate(f"{path}.{measure}", True), quote(f"{path}.{measure}.verdict", str)]
+            rows.append(row)
+    return Table(
+        f"{models}: with minus without saliency variance, test set",
+        ("region", "predicted label", "log loss (95 % interval)", "verdict", "AUROC (95 % interval)", "verdict"),
+        rows, words=(0, 1, 3, 5),
+    )
+
+
+def _without_widest_image(quote: Quotes) -> list[Block]:
+    """What would have come out without the validation image that sets the scale; nothing where that was not asked."""
+    if not quote.get("study").get("without_widest_image"):
+        return []
+    return [
+        Heading(3, "Without the image that sets the scale"),
+        Paragraph(quote.fill(
+            "Of all validation images, {$path.image:text} has the largest saliency variance, {$path.largest} (elsewhere at most "
+            "{$path.largest_elsewhere}), and so sets the scale of the saliency score. Without it λ = {$path.lambda:general} "
+            "would have been chosen; on test the foreground ECE of the fused score minus that of predictive variance would be "
+            "{$path.foreground_ece_difference.fused_minus_predictive_variance:signed_estimate}, that of saliency variance "
+            "{$path.foreground_ece_difference.saliency_variance_minus_predictive_variance:signed_estimate}.",
+            path="study.without_widest_image")),
+    ]
+
+
+# ---------------------------------------------------------------- how it was made
+
+
+def setup(run: SavedRun, quote: Quotes) -> list[Block]:
+    """Data, split, settings and environment of the run, and the commands that make it again."""
+    record = run.record
+    command = shlex.join(["python", *map(str, record.get("command", ["main.py"]))])
+    redraw = shlex.join(["python", "visualize.py", "--summary", "--run", str(run.folder)])
+    return [
+        Heading(2, "How it was made", "setup"),
+        Heading(3, "Data and split"),
+        Table("Images in each part", ("part", "images", "share"), _split(record.get("split", {}))),
+        Paragraph(f"Sorted ids, split with seed {record.get('configuration', {}).get('split_seed')}; all ids are in config.json. "
+                  f"Images: {record.get('images')}. Masks: {record.get('masks')}. "
+                  f"Fingerprint of the data: {str(record.get('data_fingerprint'))[:16]}.", "note"),
+        Paragraph(quote.fill(
+            "Normalisation constants from validation: predictive variance {normalisation.pred_variance:bounds}, "
+            "saliency variance {normalisation.saliency_variance:bounds}."), "note"),
+        Heading(3, "Settings"),
+        Table("What decides the numbers", ("setting", "this run", "default"),
+              [[spaced(name), str(value), "same" if value == default else str(default)]
+               for name, value, default in settings(run)], words=(0, 1, 2)),
+        Heading(3, "Environment"),
+        Table("Device and versions", ("what", "value"), _environment(run), words=(0, 1)),
+        Heading(3, "Make it again"),
+        Paragraph("The same command in an empty results folder makes the same numbers on the same device and versions; in this "
+                  "folder it reuses weights and maps. The second redraws all figures and this report from the saved numbers."),
+        Code(f"{command}\n{redraw}"),
+    ]
+
+
+def _split(split: Mapping[str, Sequence[str]]) -> list[list[Text]]:
+    """Part, number of images and share, from the ids of each part."""
+    total = sum(map(len, split.values()))
+    return [[part, count(len(ids)), percent(len(ids) / total)] for part, ids in split.items()] if total else []
+
+
+def _environment(run: SavedRun) -> list[list[Text]]:
+    """What a run was made with: device, precision, versions, time."""
+    record = run.record
+    rows: list[list[Text]] = [
+        ["device", f"{record.get('device', '')} ({record.get('device_name', '')})"],
+        ["precision of training", str(record.get("decides", {}).get("amp", "")).replace("torch.", "")],
+        *([name, version] for name, version in record.get("versions", {}).items()),
+    ]
+    if "minutes" in run.metrics:
+        rows.append(["time until the figures", duration(60 * run.metrics["minutes"])])
+    return rows

@@ -1,0 +1,206 @@
+"""The configuration: one frozen dataclass, from which the command line is generated.
+
+Each field says in its metadata which of a run's results it decides, and so what two runs must share:
+
+- ``"training"``: the weights, and everything made with them;
+- ``"evaluation"``: only what is made after training, so that runs that differ in it can share weights;
+- ``"nothing"``: no map and no weight (where things lie, how fast, how much is said, how many resamples).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runtime.errors import UserError
+
+UPSAMPLINGS = ("bilinear", "transposed")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
+def _option(default: Any, text: str, group: str, kind: type = str, decides: str = "training", **limits: Any) -> Any:
+    """A dataclass field that is also a flag; ``limits`` may hold low, high, choices, above, below."""
+    return field(default=default, metadata={"help": text, "group": group, "type": kind, "decides": decides, **limits})
+
+
+def _setting(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
+    """A field that decides neither weights nor maps."""
+    return _option(default, text, group, kind, "nothing", **limits)
+
+
+def _after(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
+    """A field that acts after training."""
+    return _option(default, text, group, kind, "evaluation", **limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every constant of the experiment; the defaults are the paper's.
+
+    Raises:
+        UserError: a value is outside its range; the line names the flag.
+    """
+
+    # fmt: off
+    data: str | None = _setting(None, "folder in the ISIC 2018 Task 1 layout [data/ISIC2018, or synthetic lesions where that is absent]", "data")
+    images: str | None = _setting(None, "folder of images with any names; needs --masks", "data")
+    masks: str | None = _setting(None, "folder of masks named like --images, or with _segmentation, _lesion or _mask added", "data")
+    download: bool = _setting(False, "fetch the two official ISIC 2018 Task 1 archives into data/ISIC2018 first", "data", bool)
+    limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
+    skip_bad: bool = _setting(False, "leave out pairs that are broken or incomplete, and list them; the split of the others stays", "data", bool)
+    cache: str | None = _setting(None, "folder for the decoded-image cache [data/cache]", "data")
+    data_note: str | None = _setting(None, "what a reader must know about the images ('centre-cropped'), for every figure and the report", "data")
+    image_size: int = _option(256, "height and width in pixels after resizing; a multiple of 16", "data", int, low=32, high=4096)
+    test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)
+    validation_fraction: float = _option(0.125, "share of the rest that is the validation set", "data", float, above=0, below=1)
+    split_seed: int = _option(42, "seed of the split", "data", int, low=0, high=2**32 - 1)
+    synthetic_images: int = _option(320, "how many synthetic lesions, where those are used", "data", int, low=8, high=100_000)
+
+    width: int = _option(64, "channels of the first encoder block; the others have 2, 4 and 8 times as many", "model", int, low=2, high=1024)
+    dropout: float = _option(0.2, "dropout probability", "model", float, above=0, below=1)
+    upsampling: str = _option("bilinear", "how the decoder upsamples", "model", choices=UPSAMPLINGS)
+
+    epochs: int = _option(50, "most epochs to train", "training", int, low=1)
+    patience: int = _option(10, "stop after this many epochs without a better validation Dice", "training", int, low=1)
+    batch_size: int = _option(16, "images per training step", "training", int, low=2)
+    lr: float = _option(1e-4, "learning rate of Adam", "training", float, above=0)
+    schedule: str = _option("constant", "learning-rate schedule", "training", choices=("constant", "cosine"))
+    warmup: float = _option(0.0, "epochs of linear warm-up of the learning rate", "training", float, low=0)
+    clip: float = _option(0.0, "largest norm of the gradient; 0 does not clip", "training", float, low=0)
+    amp: str = _option("auto", "precision of training; auto: bf16 where it is native", "training", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = _option(False, "compile the network for training (torch.compile)", "training", bool)
+    augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
+    weights_from: str | None = _setting(None, "results folder of a finished run whose weights to take instead of training", "training")
+    workers: int = _setting(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
+
+    passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)
+    target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
+    precision: str = _after("auto", "precision of the maps; auto: fp32", "uncertainty", choices=PRECISIONS)
+    cam_scale: str = _after("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
+    threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
+    bins: int = _after(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
+    lambda_steps: int = _after(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
+    resamples: int = _setting(10_000, "bootstrap resamples of the images", "calibration", int, low=100)
+    study: bool = _setting(False, "also compare all fusion rules and normalisations, and ask what saliency adds", "calibration", bool)
+
+    results: str | None = _setting(None, "folder for everything this run writes [results/<dataset>, or results/<dataset>-quick]", "run")
+    seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
+    fresh: bool = _setting(False, "delete what another configuration left in the results folder and start over", "run", bool)
+    quiet: bool = _setting(False, "no progress bars and no line per stage: only the result, warnings and errors", "run", bool)
+    json: bool = _setting(False, "print the content of metrics.json to standard output, and everything else to standard error", "run", bool)
+    device: str = _setting("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", "run")
+    quick: bool = _setting(False, "CPU-sized preset: 128 pixels, width 16, 20 epochs, cosine from 1e-3; flags given beside it win", "run", bool)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name))
+        if self.image_size % 16:
+            raise UserError(f"--image-size must be a multiple of 16, not {self.image_size}")
+        if self.width % 2:
+            raise UserError(f"--width must be even, not {self.width}")
+        if (self.images is None) != (self.masks is None):
+            raise UserError("--images and --masks go together: give both or neither")
+        if self.images is not None and self.data is not None:
+            raise UserError("give either --data or --images with --masks, not both")
+        if self.download and (self.images is not None or self.data is not None):
+            raise UserError("--download fetches into data/ISIC2018; leave --data, --images and --masks out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and their values, as written to ``config.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: Path) -> Config:
+        """The configuration that ``config.json`` records.
+
+        Raises:
+            UserError: ``values`` does not describe one; the line names ``source``.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(
+                f"{source} does not hold a configuration of this version ({error}); run main.py again with --fresh"
+            ) from error
+
+    def experiment(self) -> dict[str, Any]:
+        """The fields that decide the numbers: what two runs must share to share results."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["decides"] != "nothing"}
+
+
+#: The fields that act after training: runs that differ in these alone can share weights.
+AFTER_TRAINING = tuple(item.name for item in fields(Config) if item.metadata["decides"] == "evaluation")
+
+#: What ``--quick`` changes. A narrow network and few epochs want a faster learning rate that decays.
+QUICK = {"image_size": 128, "width": 16, "epochs": 20, "lr": 1e-3, "schedule": "cosine"}
+#: What synthetic lesions change: there are few, so that training needs smaller batches and more epochs.
+SYNTHETIC = {**QUICK, "epochs": 32, "batch_size": 8}
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(item: Field[Any], value: Any) -> None:
+    limits, flag = item.metadata, _flag_name(item.name)
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number, not {value}")
+    for key, words, fine in (
+        ("low", "at least", lambda v, bound: v >= bound),
+        ("high", "at most", lambda v, bound: v <= bound),
+        ("above", "greater than", lambda v, bound: v > bound),
+        ("below", "less than", lambda v, bound: v < bound),
+    ):
+        if key in limits and not fine(value, limits[key]):
+            raise UserError(f"{flag} must be {words} {limits[key]}, not {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are the one-line user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse_config(argv: Sequence[str] | None, description: str | None, preset: Mapping[str, Any] | None = None) -> Config:
+    """Turn the command line into a configuration.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        description: the first line of the help.
+        preset: values in place of the defaults, where no flag says otherwise; ``--quick`` gives ``QUICK`` if None.
+
+    Raises:
+        UserError: an unknown flag or a value out of range.
+    """
+    parser = Parser(description=description, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    for item in fields(Config):
+        limits = item.metadata
+        if limits["group"] not in groups:
+            groups[limits["group"]] = parser.add_argument_group(limits["group"])
+        text = limits["help"].replace("%", "%%")
+        if limits["type"] is bool:
+            extra: dict[str, Any] = {"action": "store_true"}
+        else:
+            extra = {"type": limits["type"], "metavar": limits["type"].__name__.upper()}
+            if "choices" in limits:
+                extra["metavar"] = "{" + ",".join(limits["choices"]) + "}"
+            if item.default not in (None, -1):
+                text += f" [{item.default}]"
+        groups[limits["group"]].add_argument(
+            _flag_name(item.name), default=argparse.SUPPRESS, help=text, **extra
+        )
+    given = vars(parser.parse_args(argv))
+    if preset is None:
+        preset = QUICK if given.get("quick") else {}
+    return Config(**{**preset, **given})

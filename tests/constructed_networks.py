@@ -1,0 +1,65 @@
+"""Small U-Nets and images for the tests of the maps, and the masks' description in NumPy."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from model import UNet
+
+HEIGHT, WIDTH = 48, 80
+SEED = 7
+MAPS = ("mean_prediction", "pred_variance", "saliency_variance", "expected_entropy")
+
+
+def unet(upsampling: str = "bilinear", dropout: float = 0.2, seed: int = SEED, width: int = 4) -> UNet:
+    """A U-Net that is nobody's special case: moved statistics, affine batch norms, logits that spread."""
+    torch.manual_seed(seed)
+    model = UNet(width=width, dropout=dropout, upsampling=upsampling)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.8)
+            nn.init.normal_(module.bias, 0, 0.3)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1.6)
+    model.head.weight.data.mul_(3.0)
+    return model.eval()
+
+
+def pictures(count: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 1) -> torch.Tensor:
+    """Noise, float32 (count, 3, height, width)."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def numpy_mask(seed: int, image_id: str, t: int, site: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
+    """The keep-mask in unsigned NumPy arithmetic, from the description alone."""
+
+    def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        x = (x * np.uint32(0x2C1B3C6D)).astype(np.uint32)
+        x = ((x ^ (x >> np.uint32(15))) * np.uint32(0x297A2D39)).astype(np.uint32)
+        mixed: NDArray[np.uint32] = x ^ (x >> np.uint32(15))
+        return mixed
+
+    digest = hashlib.sha256(f"{seed}|{image_id}|{t}|{site}".encode()).digest()
+    key = np.uint32(int.from_bytes(digest[:4], "little"))
+    mixed = mix(mix(np.arange(1, math.prod(shape) + 1, dtype=np.uint32)) ^ key)
+    # the comparison is one of signed integers, whose smallest stands for zero
+    return torch.from_numpy(mixed.view(np.int32).astype(np.int64) + 2**31 >= round(p * 2**32)).view(shape)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest deviation over the largest expected value of each image; the worst image.
+
+    A variance can be zero at a pixel where rounding is not, so the scale of
+    the deviation is the map's, not the pixel's.
+    """
+    deviation = (value.double() - expected.double()).abs().flatten(1).amax(1)
+    return float((deviation / expected.double().abs().flatten(1).amax(1)).max())

@@ -1,0 +1,105 @@
+"""Dropout masks: the generator as described, independence, the rate, and how sites are handed their masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from constructed_networks import numpy_mask
+from torch import nn
+
+from inference.masks import InPlaceDropout, MaskSource, dropout_masks, mask_key, mask_noise, zero_dropped
+
+
+def test_masks_are_independent_and_have_the_right_rate():
+    p, n = 0.2, 200_000
+    noise = mask_noise((n,), torch.device("cpu"))
+    keys = [mask_key(42, "x", t, s) for t in range(6) for s in range(2)] + [mask_key(43, "x", 0, 0), mask_key(42, "y", 0, 0)]
+    masks = dropout_masks(torch.tensor(keys, dtype=torch.int32), noise, p).double()
+    deviation = math.sqrt(p * (1 - p) / n)  # of a mean; five of them are exceeded once in two million
+    assert ((masks.mean(1) - (1 - p)).abs() < 5 * deviation).all()
+    centred = (masks - (1 - p)) / math.sqrt(p * (1 - p))
+    correlation = centred @ centred.T / n - torch.eye(len(keys), dtype=torch.float64)
+    between = correlation.masked_fill(torch.eye(len(keys), dtype=torch.bool), 0)
+    assert between.abs().max() < 5 / math.sqrt(n)  # passes, sites, seeds and images
+    for lag in (1, 2, 3, 8, 64, 80, 256, 4096):  # neighbours along rows, columns and channels
+        neighbours = (centred[:, lag:] * centred[:, :-lag]).mean(1)
+        assert neighbours.abs().max() < 5 / math.sqrt(n - lag)
+    agreement = (masks[0] == masks[1]).double().mean()
+    assert abs(agreement - (p**2 + (1 - p) ** 2)) < 5 / math.sqrt(n)
+
+
+def test_masks_are_the_ones_described():
+    key = mask_key(7, "ISIC_0000000", 3, 1)
+    masks = dropout_masks(torch.tensor([key], dtype=torch.int32), mask_noise((4, 6, 5), torch.device("cpu")), 0.3)
+    assert torch.equal(masks[0], numpy_mask(7, "ISIC_0000000", 3, 1, (4, 6, 5), 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [1e-12, 0.2, 0.5, 0.999])
+def test_dropping_in_place_is_multiplying_by_the_mask(dtype, p):
+    x = torch.randn(3, 4, 6, 10).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = -0.0
+    keys = torch.tensor([mask_key(1, "a", t, 0) for t in range(3)], dtype=torch.int32)
+    noise = mask_noise(x.shape[1:], x.device)
+    expected = x * dropout_masks(keys, noise, p)
+    zero_dropped(x, keys, noise[None].contiguous(memory_format=torch.channels_last), p)
+    assert torch.equal(x, expected)
+
+
+def test_zeroing_works_in_place():
+    x = torch.ones(2, 3, 4, 5)
+    keys = torch.tensor([1, 2], dtype=torch.int32)
+    assert zero_dropped(x, keys, mask_noise((3, 4, 5), x.device)[None], 0.5) is x
+    assert 0 < x.sum() < x.numel()
+
+
+# ---------------------------------------------------------------- masks at the dropout sites
+
+
+def test_a_source_counts_the_sites_of_each_forward():
+    source, x = MaskSource(7), torch.ones(2, 3, 4, 5)
+    first, second = nn.Dropout(0.25), nn.Dropout(0.5)
+    for image_id in ("a", "b"):
+        source.start(image_id, range(3, 5))  # passes 3 and 4, and sites from 0 again
+        for site, module in enumerate((first, second)):
+            expected = torch.stack([numpy_mask(7, image_id, t, site, (3, 4, 5), module.p) / (1 - module.p) for t in (3, 4)])
+            torch.testing.assert_close(source.apply(module, x), expected.float())
+
+
+@pytest.mark.parametrize("module,shape", [(nn.Dropout1d(0.5), (2, 64, 5)), (nn.Dropout2d(0.5), (2, 64, 4, 5)),
+                                          (nn.Dropout3d(0.5), (2, 64, 2, 4, 5))])
+def test_channel_wise_dropout_drops_whole_channels(module, shape):
+    source = MaskSource(7)
+    source.start("a", range(2))
+    y = source.apply(module, torch.ones(shape)).flatten(2)
+    assert torch.equal(y, y[..., :1].expand_as(y))
+    expected = torch.stack([numpy_mask(7, "a", t, 0, (64,), 0.5) * 2.0 for t in range(2)])
+    assert torch.equal(y[..., 0], expected)
+    assert expected.unique().tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("passes", [range(0, 4), range(1, 3)])
+def test_rows_in_place_are_pass_major(passes):
+    """Row r of the batch is pass r // B of the block, image r % B; a piece of the rows has the same masks."""
+    ids, rates, shape = ["a", "b", "c"], [0.25, 0.5], (2, 4, 5)
+    drop = InPlaceDropout(7, ids, 4, rates, torch.device("cpu"))
+    drop.start(passes)
+    for site, rate in enumerate(rates):
+        expected = torch.stack([numpy_mask(7, i, t, site, shape, rate) for t in passes for i in ids]).float()
+        x = torch.ones(len(passes) * 3, *shape).contiguous(memory_format=torch.channels_last)
+        drop(x, site, 0)
+        assert torch.equal(x, expected)
+        piece = torch.ones(2, *shape).contiguous(memory_format=torch.channels_last)
+        drop(piece, site, 3)
+        assert torch.equal(piece, expected[3:5])
+
+
+def test_both_ways_to_hand_out_masks_agree():
+    source, drop = MaskSource(7), InPlaceDropout(7, ["a"], 3, [0.5], torch.device("cpu"))
+    source.start("a", range(3))
+    x = torch.randn(3, 2, 4, 5)
+    y = x.clone(memory_format=torch.channels_last)
+    drop(y, 0, 0)
+    assert torch.equal(source.apply(nn.Dropout(0.5), x), 2 * y)
