@@ -222,7 +222,7 @@ def render_gallery(folder: Path, args: argparse.Namespace) -> Path:
     from experiment.saved_run import load_run
     from reporting.formats import number
     from reporting.galleries import RULES, choose
-    from reporting.run_pictures import draw_gallery, run_seed, test_images
+    from reporting.run_pictures import candidates_of, draw_gallery, run_seed
     from reporting.style import save_figure
 
     run = load_run(folder)
@@ -232,7 +232,7 @@ def render_gallery(folder: Path, args: argparse.Namespace) -> Path:
     figure = draw_gallery(run, args.gallery, n, seed, image_reader(run))
     if figure is None:
         raise UserError(f"gallery {args.gallery}: the rule is defined for no test image of {folder}")
-    for id, value in choose(args.gallery, test_images(run, seed), n):
+    for id, value in choose(args.gallery, candidates_of(run, seed), n):
         print(id if random else f"{id}   {RULES[args.gallery].shown or RULES[args.gallery].title}: {number(value)}")
     print(f"the same picture again: python visualize.py --run {folder} --gallery {args.gallery} --n {n}"
           + (f" --seed {seed}" if random else ""))

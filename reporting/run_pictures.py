@@ -65,10 +65,10 @@ def draw_gallery(run: SavedRun, name: str, n: int, seed: int, read: ImageReader)
         read: gives the image of an id at map resolution.
     """
     threshold = float(run.record["configuration"]["threshold"])
-    return gallery_figure(name, test_images(run, seed), n, read, threshold=threshold, **labels(run))
+    return gallery_figure(name, candidates_of(run, seed), n, read, threshold=threshold, **labels(run))
 
 
-def test_images(run: SavedRun, seed: int) -> Candidates:
+def candidates_of(run: SavedRun, seed: int) -> Candidates:
     """The saved test images of a run, as the rules of the galleries look at them."""
     return Candidates(run.rows, run.folder / "uncertainty_maps" / "test", run.metrics["normalisation"], seed)
 

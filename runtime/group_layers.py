@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from runtime.processes import ProcessGroup
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

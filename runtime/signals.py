@@ -69,7 +69,7 @@ class StopSignals:
 
 @contextmanager
 def block_sigint_in_children() -> Iterator[None]:
-    """Processes started inside never see SIGINT; one meant for this process waits until the end.
+    """Processes started inside never see SIGINT; this one still gets it, at the latest at the end.
 
     A Ctrl-C reaches the helpers too, which would print a traceback each. A
     blocked signal stays blocked in a process started meanwhile. SIGTERM is left

@@ -38,7 +38,7 @@ def test_summary_goes_on_without_the_dataset_and_says_so(saved, tmp_path):
 def test_a_gallery_by_command_prints_its_choice_and_its_seed(saved, tmp_path):
     outcome = command("--run", saved, "--gallery", "worst", "--n", "2", "--output", "w.png", script="visualize.py", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
-    images = run_pictures.test_images(load_run(saved), 0)
+    images = run_pictures.candidates_of(load_run(saved), 0)
     chosen = [choice.id for choice in choose("worst", images, 2)]
     assert [line.split()[0] for line in outcome.stdout.splitlines()[:2]] == chosen
     first = command("--run", saved, "--gallery", "random", "--n", "2", "--output", "r.png", script="visualize.py", cwd=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,8 +78,9 @@ def test_an_interrupted_decoding_goes_on(tmp_path, monkeypatch):
 def test_a_second_call_checks_each_record_exactly_once(tmp_path, monkeypatch):
     pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 6)))
     first = decode_pairs(pairs, 32, tmp_path / "cache")
-    checked, original = [], zlib.crc32
-    monkeypatch.setattr(isic.cache.zlib, "crc32", lambda data: (checked.append(bytes(data)), original(data))[1])
+    checked = []
+    counting = SimpleNamespace(crc32=lambda data: (checked.append(bytes(data)), zlib.crc32(data))[1])
+    monkeypatch.setattr(isic.cache, "zlib", counting)  # not the module itself: Pillow uses it too
     again = decode_pairs(pairs, 32, tmp_path / "cache")
     assert sorted(checked) == sorted(first.records[first.slots[pair.id]].tobytes() for pair in pairs)
     assert len(checked) == len(pairs) == len(again.ids)

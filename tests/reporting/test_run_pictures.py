@@ -12,7 +12,7 @@ from experiment.saved_run import load_run
 from reporting.charts import RUN_FIGURES
 from reporting.galleries import RULES, choose
 from reporting.run_pictures import ROWS, draw_galleries, draw_gallery, draw_run, labels, run_seed
-from reporting.run_pictures import test_images as candidates
+from reporting.run_pictures import candidates_of as candidates
 
 
 @pytest.fixture(scope="module")
