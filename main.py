@@ -13,15 +13,16 @@ if __name__ == "__main__":  # while the packages load there is nothing to save: 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isic.source import Source, find_source, needs_synthetic
 from runtime.config import SYNTHETIC, Config, parse_config
 from runtime.errors import UserError
-from runtime.progress import complain, console, progress_bar, stage, with_progress
+from runtime.progress import complain, console, is_main_process, progress_bar, stage
 from runtime.signals import StopSignals
 
 # PyTorch and whatever needs it are imported by the functions below, when the command line is understood:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from experiment.maps import SavedMaps
     from experiment.run import Run
     from model import UNet
+    from runtime.processes import ProcessGroup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopSignals() as signals:
         try:
             config = parse_config(argv, __doc__)
-            if needs_synthetic(config):
+            if config.pool is None and needs_synthetic(config):
                 config = parse_config(argv, __doc__, SYNTHETIC)
             with console(config.quiet, config.json):
-                run_experiment(config)
+                (run_experiment if config.pool is None else pool_runs)(config)
         except UserError as error:
             complain(f"error: {error}")
             return 2
@@ -64,47 +66,69 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_experiment(config: Config) -> dict[str, Any]:
-    """The whole experiment; returns what ``metrics.json`` holds."""
+    """The whole experiment: one training, or several and their pool; returns what ``metrics.json`` holds."""
     from dataset import prepare_data
-    from evaluation.fusion import lambda_grid
-    from evaluation.tuning import tune
-    from experiment.maps import make_maps
-    from experiment.results import claim_results, held, results_folder
-    from runtime.checkpoints import weights_fingerprint
+    from experiment.pooling import check_margins
+    from experiment.results import held, kept_of_run, results_folder
+    from experiment.trainings import kept_of_trainings, train_all
+    from reporting.console import show_result
     from runtime.processes import process_group
-    from runtime.records import fingerprint
 
     started = time.perf_counter()
+    check_margins(config.margin)
     with process_group(config.device) as group:
         source = group.shared(lambda: find_source(config))
         results = results_folder(config, source)
-        with held(results, group):
+        with held(results, group, kept_of_run if config.trainings == 1 else kept_of_trainings):
             data = prepare_data(config, source, group)
-            run = claim_results(results, config, source, data, group)
+            if config.trainings > 1:
+                folders = train_all(config, results, data, group, partial(run_training, source=source, data=data, group=group))
+                return group.shared(lambda: pool(config, folders, results, started))
+            metrics = run_training(config, results, source, data, group)
+            group.shared(lambda: show_result(metrics, results, source.name, time.perf_counter() - started))
+            return metrics
 
-            model = train_model(run, data)
-            run = replace(run, identity=fingerprint([run.identity, weights_fingerprint(model)]))
 
-            validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
-            tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
-            test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
-            for part in (validation, test):
-                part.add_fused_scores(tuned.fusion, group)
+def run_training(config: Config, results: Path, source: Source, data: Data, group: ProcessGroup) -> dict[str, Any]:
+    """One training, from weights to its report; returns what its ``metrics.json`` holds."""
+    from evaluation.fusion import lambda_grid
+    from evaluation.protocol import count_splits
+    from evaluation.tuning import tune
+    from experiment.checks import warnings_of
+    from experiment.maps import make_maps
+    from experiment.results import claim_results
+    from reporting.console import show_warnings
+    from runtime.checkpoints import weights_fingerprint
+    from runtime.records import fingerprint
 
-            counted = count_pixels(run, tuned, validation, test)
-            fallbacks = {part.folder.name: part.fallbacks(group) for part in (validation, test)}
+    started = time.perf_counter()
+    claimed = claim_results(results, config, source, data, group)
+    model = train_model(claimed, data)
+    run = replace(claimed, identity=fingerprint([claimed.identity, weights_fingerprint(model)]))
 
-            def finish() -> dict[str, Any]:
-                metrics, rows = evaluate(run, tuned, counted, validation, test)
-                for part, count in fallbacks.items():
-                    metrics[part]["precision_fallbacks"] = count
-                metrics = {
-                    **metrics, "synthetic": source.synthetic, "data_note": config.data_note, "identity": run.identity,
-                    "skipped": [entry._asdict() for entry in data.skipped], "minutes": (time.perf_counter() - started) / 60,
-                }
-                return finish_run(run, source, data, metrics, rows, started)
+    validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
+    tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
+    test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
+    for part in (validation, test):
+        part.add_fused_scores(tuned.fusion, group)
 
-            return group.shared(finish)
+    counted = count_splits(tuned, validation.counted_by(group), test.counted_by(group), gather=group.gathered)
+    fallbacks = {part.folder.name: part.fallbacks(group) for part in (validation, test)}
+    ranges = {part.folder.name: part.ranges(group) for part in (validation, test)}
+
+    def finish() -> dict[str, Any]:
+        metrics, rows = evaluate(run, tuned, counted, validation, test)
+        for part, count in fallbacks.items():
+            metrics[part]["precision_fallbacks"] = count
+        metrics.update(
+            synthetic=source.synthetic, data_note=config.data_note, identity=run.identity, config_identity=claimed.identity,
+            skipped=[entry._asdict() for entry in data.skipped], minutes=(time.perf_counter() - started) / 60,
+            warnings=warnings_of(metrics, rows, config.passes, ranges),
+        )
+        show_warnings(metrics)
+        return finish_run(run, data, metrics, rows)
+
+    return group.shared(finish)
 
 
 def train_model(run: Run, data: Data) -> UNet:
@@ -119,9 +143,8 @@ def train_model(run: Run, data: Data) -> UNet:
 
     config, group = run.config, run.group
     if config.weights_from is not None:
-        source = Path(config.weights_from)
-        group.shared(lambda: copy_weights(source, run.results))
-        stage("training", f"none; the weights are those of {source}")
+        group.shared(lambda: copy_weights(Path(str(config.weights_from)), run.results))
+        stage("training", f"none; the weights are those of {config.weights_from}")
         best = run.results / "weights" / "best_model.pth"
         model = group.shared(lambda: load_model(best, UNet, torch.device("cpu"))).to(group.device)
         assert isinstance(model, UNet)
@@ -140,28 +163,25 @@ def train_model(run: Run, data: Data) -> UNet:
     return result.model
 
 
-def count_pixels(run: Run, tuned: Tuned, validation: SavedMaps, test: SavedMaps) -> tuple[Counters, Counters]:
-    """Count the pixels of both parts; each process counts its share of the images."""
-    from evaluation.protocol import count_splits
-
-    def shown(part: SavedMaps) -> Iterator[tuple[str, dict[str, Any]]]:
-        share = part.shard(run.group)
-        return with_progress(share, f"counting {part.folder.name}", len(share.ids), "map")
-
-    return count_splits(tuned, shown(validation), shown(test), gather=run.group.gathered)
-
-
 def evaluate(
     run: Run, tuned: Tuned, counted: tuple[Counters, Counters], validation: SavedMaps, test: SavedMaps
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Save the counts, and compute every number from them: what ``metrics.json`` holds, and a row per image."""
+    from evaluation.detectors import detector_numbers
     from evaluation.study import run_study
     from evaluation.summary import per_image, summarise
+    from experiment.pooling import conclude_run
     from experiment.results import write_counts
 
     config = run.config
     write_counts(run, *counted)
     metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed)
+    metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted)
+    metrics["verdict"] = metrics["conclusion"]["sentence"]
+    if config.study or config.flips:
+        metrics["detectors"] = detector_numbers(
+            validation, test, tuned.fusion, bins=config.bins, resamples=config.resamples, seed=config.seed
+        )
     if config.study:
         metrics["study"] = run_study(
             validation, test, bins=config.bins, lambdas=tuned.lambdas, resamples=config.resamples, seed=config.seed
@@ -170,29 +190,40 @@ def evaluate(
     return metrics, per_image(counted[1])
 
 
-def finish_run(
-    run: Run, source: Source, data: Data, metrics: Mapping[str, Any], rows: list[dict[str, Any]], started: float
-) -> dict[str, Any]:
-    """Write the numbers, draw the figures and the report, and say the verdict; returns the sealed metrics."""
+def finish_run(run: Run, data: Data, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the numbers, draw the figures and the report; returns the sealed metrics."""
     import numpy as np
 
-    from experiment.saved_run import SavedRun, read_table
-    from reporting.console import show_result
+    from experiment.saved_run import with_tables
     from reporting.run_pictures import draw_run
-    from runtime.records import read_json, seal, write_csv, write_json
+    from runtime.records import seal, write_csv, write_json
 
-    results = run.results
-    write_csv(results / "per_image.csv", rows)
-    saved = SavedRun(
-        results, metrics, read_json(results / "config.json"),
-        read_table(results / "per_image.csv"), read_table(results / "training_log.csv"),
-    )
-    paths = draw_run(saved, lambda id: np.array(data.pairs.image(id)))
+    write_csv(run.results / "per_image.csv", rows)
+    paths = draw_run(with_tables(run.results, metrics), lambda id: np.array(data.pairs.image(id)))
     stage("figures", f"{len(paths) - 2} figures, report.html and report.md")
     sealed = seal(metrics)
-    write_json(results / "metrics.json", sealed)  # last: its presence says that the run is finished
-    show_result(sealed, results, source.name, time.perf_counter() - started)
+    write_json(run.results / "metrics.json", sealed)  # last: its presence says that the run is finished
     return sealed
+
+
+def pool_runs(config: Config) -> None:
+    """Pool finished runs that were made elsewhere."""
+    from experiment.pooling import pool_folder
+
+    if is_main_process():  # one is enough
+        with pool_folder(config) as results:
+            pool(config, [Path(run) for run in config.pool or ()], results, time.perf_counter())
+
+
+def pool(config: Config, folders: Sequence[Path], results: Path, started: float) -> dict[str, Any]:
+    """Conclude from finished trainings together, draw it and say the verdict; returns what ``metrics.json`` holds."""
+    from experiment.pooling import write_pool
+    from reporting.console import show_pooled
+    from reporting.pooled import draw_pooled
+
+    metrics = write_pool(config, folders, results, draw_pooled)
+    show_pooled(metrics, results, time.perf_counter() - started)
+    return metrics
 
 
 if __name__ == "__main__":

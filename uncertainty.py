@@ -1,6 +1,6 @@
 """Uncertainty maps: Monte-Carlo dropout and the variance of Grad-CAM, on the device.
 
-In this order: dropout that stays on, Grad-CAM, the moments over the passes,
+In this order: dropout that stays on, Grad-CAM, the maps of chunks of passes,
 the maps of any model, the maps of our U-Net, and :func:`uncertainty_maps`,
 which is all that a user needs. Everything takes and returns tensors on the
 device of its input.
@@ -9,9 +9,8 @@ Shapes: B images, T passes, K passes of one chunk, C channels, H W pixels,
 h w pixels of the Grad-CAM target.
 
 References: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML
-2016; Selvaraju et al., "Grad-CAM", ICCV 2017; Chan, Golub, LeVeque,
-"Updating formulae and a pairwise algorithm for computing sample variances",
-1979.
+2016; Selvaraju et al., "Grad-CAM", ICCV 2017; Vinogradova, Dibrov, Myers,
+"Towards interpretable semantic segmentation via Grad-CAM", AAAI 2020 (the score of the predicted region).
 """
 
 from __future__ import annotations
@@ -19,22 +18,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from inference.flips import flip_variance
+from inference.logits import ToLogits, binary_entropy_of_logits, binary_logits
 from inference.masks import InPlaceDropout, MaskSource
+from inference.moments import Moments, PassDice
 from inference.precision import float32_convolutions
 from inference.unet_passes import UNetPasses, supports
 from model import UNet
+
+__all__ = [
+    "AUTO_PRECISION", "CAM_SCORES", "METHODS", "Moments", "PRECISIONS", "UncertaintyMaps", "active_dropout",
+    "binary_entropy_of_logits", "capture_activations", "flip_variance", "grad_cam", "mc_dropout", "uncertainty_maps",
+]
 
 METHODS = ("auto", "general", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 #: What "auto" stands for.
 AUTO_PRECISION = "fp32"
+#: Logits that the score of Grad-CAM sums: all, or those of the lesion that the pass predicts.
+CAM_SCORES = ("all", "predicted")
 
 #: Dropout modules whose masks can be drawn from a seed; the others have statistics of their own.
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -176,53 +185,7 @@ def grad_cam(activations: Tensor, weights: Tensor, normalise: bool = True) -> tu
     return cam.view(-1, *activations.shape[-2:]), empty.flatten()
 
 
-# ---------------------------------------------------------------- moments over the passes
-
-
-class Moments:
-    """Streaming mean and population variance over passes (Welford's update).
-
-    ``mean += (x - mean) / n`` and ``M2 += (x - mean_before)^2 (n - 1) / n``:
-    the second form never decreases, so the variance is never negative, and
-    a constant sequence has variance exactly zero. The passes are taken one by
-    one in their order, so chunks of any length give the same bits.
-
-    Example:
-        >>> moments = Moments()
-        >>> moments.update(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))  # two passes of two pixels
-        >>> moments.mean, moments.variance()
-        (tensor([2., 5.]), tensor([1., 0.]))
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.empty(0)
-
-    def update(self, values: Tensor) -> None:
-        """Add the passes along the first axis of ``values`` (K, ...)."""
-        for x in values:
-            self.count += 1
-            if self.count == 1:
-                self.mean, self.squares = x.clone(), torch.zeros_like(x)
-                continue
-            delta = x - self.mean
-            self.mean.add_(delta, alpha=1.0 / self.count)
-            self.squares.addcmul_(delta, delta, value=(self.count - 1) / self.count)
-
-    def variance(self) -> Tensor:
-        """Sum of squared deviations over the number of passes; zero for one pass."""
-        return self.squares / self.count
-
-
-def binary_entropy_of_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of Bernoulli(sigmoid(z)): ``softplus(z) - z sigmoid(z)``, of finite z.
-
-    Example:
-        >>> binary_entropy_of_logits(torch.tensor([0.0, 200.0]))  # ln 2, and none
-        tensor([0.6931, 0.0000])
-    """
-    z = logits.abs()  # symmetric, and free of cancellation for z >= 0: log1p(exp(-z)) + z sigmoid(-z)
-    return F.softplus(-z) + z * torch.sigmoid(-z)
+# ---------------------------------------------------------------- the maps of chunks of passes
 
 
 class UncertaintyMaps(NamedTuple):
@@ -235,6 +198,7 @@ class UncertaintyMaps(NamedTuple):
         expected_entropy: mean over passes of the binary entropy, in nats, in [0, ln 2].
         empty_cams: int64 (B,), how many of the T heatmaps were zero everywhere.
         fallbacks: int64 (B,), 1 where half precision overflowed and the image was computed again in fp32.
+        pass_dice: float64 (B,), mean pairwise Dice of the lesions that the passes predict; see :class:`PassDice`.
     """
 
     mean_prediction: Tensor
@@ -243,6 +207,7 @@ class UncertaintyMaps(NamedTuple):
     expected_entropy: Tensor
     empty_cams: Tensor
     fallbacks: Tensor
+    pass_dice: Tensor
 
 
 #: Of K passes of B images: logits (K, B, H, W), heatmaps (K, B, h, w), and bool (K, B), which of these are empty.
@@ -251,27 +216,22 @@ _Chunk = tuple[Tensor, Tensor, Tensor]
 
 def _maps_of_chunks(images: Tensor, chunks: Iterable[_Chunk]) -> list[UncertaintyMaps]:
     """The maps of each image, without the batch axis, from all passes of all images."""
-    prediction, saliency, entropy = Moments(), Moments(), Moments()
+    prediction, saliency, entropy, agreement = Moments(), Moments(), Moments(), PassDice()
     empty_cams = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for logits, cam, empty in chunks:
         prediction.update(torch.sigmoid(logits))
         entropy.update(binary_entropy_of_logits(logits))
         saliency.update(F.interpolate(cam, images.shape[-2:], mode="bilinear", align_corners=False))
+        agreement.update(logits > 0)
         empty_cams += empty.sum(0)
     maps = UncertaintyMaps(
-        prediction.mean, prediction.variance(), saliency.variance(), entropy.mean, empty_cams, torch.zeros_like(empty_cams)
+        prediction.mean, prediction.variance(), saliency.variance(), entropy.mean,
+        empty_cams, torch.zeros_like(empty_cams), agreement.value(),
     )
     return [UncertaintyMaps(*row) for row in zip(*maps)]
 
 
 # ---------------------------------------------------------------- the maps of any model
-
-
-def _binary_logits(output: Tensor | dict[str, Tensor]) -> Tensor:
-    logits = output["out"] if isinstance(output, dict) else output
-    if logits.dim() != 4 or logits.shape[1] != 1:
-        raise ValueError(f"the model must return logits (B, 1, H, W), not {tuple(logits.shape)}; to_logits can make them")
-    return logits
 
 
 @dataclass(frozen=True)
@@ -283,7 +243,8 @@ class _Options:
     seed: int
     chunk: int | None
     normalise_cam: bool
-    to_logits: Callable[..., Tensor]
+    predicted_only: bool  # the score sums the positive logits alone
+    to_logits: ToLogits
     half: torch.dtype | None  # precision of the convolutions, if not float32
 
     def chunks(self, by_rule: int) -> Iterator[range]:
@@ -306,13 +267,14 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _gradient(logits: Tensor, captured: Sequence[Tensor]) -> Tensor:
-    """The gradient of the summed logits at the captured activations (K, C, h, w)."""
+def _gradient(logits: Tensor, captured: Sequence[Tensor], predicted_only: bool) -> Tensor:
+    """The gradient of the summed logits, or positive logits, at the captured activations (K, C, h, w)."""
     if not captured:
         raise ValueError("the forward pass does not reach the target layer")
     if captured[0].dim() != 4:
         raise ValueError(f"the target layer must return (B, C, h, w), not {tuple(captured[0].shape)}")
-    gradient = torch.autograd.grad(logits.sum(), captured, allow_unused=True)[0] if logits.requires_grad else None
+    score = F.relu(logits) if predicted_only else logits  # the gradient of relu is 1 where z > 0, and 0 at 0
+    gradient = torch.autograd.grad(score.sum(), captured, allow_unused=True)[0] if logits.requires_grad else None
     if gradient is None:
         raise ValueError("the logits do not depend on the output of the target layer")
     return gradient
@@ -329,7 +291,7 @@ def _general_chunks(
         with torch.enable_grad():
             with torch.autocast(image.device.type, options.half, enabled=options.half is not None):
                 logits = options.to_logits(model(image.expand(len(block), -1, -1, -1)))
-            gradient = _gradient(logits, captured)
+            gradient = _gradient(logits, captured, options.predicted_only)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         activations, weights = captured[0].detach().to(dtype), gradient.to(dtype).mean((2, 3))
         cam, empty = grad_cam(activations, weights, options.normalise_cam)
@@ -365,7 +327,7 @@ def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: 
 def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:
     """An unmodified U-Net: see :mod:`inference.unet_passes`."""
     assert isinstance(model, UNet)
-    engine = UNetPasses(model, options.target_layer, options.half or torch.float32)
+    engine = UNetPasses(model, options.target_layer, options.half or torch.float32, options.predicted_only)
     group, chunk = engine.group_and_chunk(images.shape[-2:], images.device)
     rows = []
     for first in range(0, len(images), group):
@@ -396,7 +358,8 @@ def uncertainty_maps(
     image_ids: Sequence[str] | None = None,
     chunk: int | None = None,
     normalise_cam: bool = True,
-    to_logits: Callable[..., Tensor] = _binary_logits,
+    cam_score: str = "all",
+    to_logits: ToLogits = binary_logits,
     method: str = "auto",
     precision: str = "fp32",
 ) -> UncertaintyMaps:
@@ -404,7 +367,7 @@ def uncertainty_maps(
 
     With ``z_t`` the logits of pass t and ``p_t = sigmoid(z_t)``, the prediction
     is ``p = mean_t p_t`` and its variance ``mean_t (p_t - p)^2``. The score
-    ``S_t`` is the sum of all logits, ``a_c = mean_ij dS_t / dA_cij`` its gradient
+    ``S_t`` is the sum of the logits, ``a_c = mean_ij dS_t / dA_cij`` its gradient
     at the activations A of ``target_layer``; the saliency variance is that of
     the heatmaps of :func:`grad_cam`, upsampled bilinearly (half-pixel centres).
 
@@ -425,6 +388,8 @@ def uncertainty_maps(
             it by the convolution library's rounding alone. None: a rule of the
             image size, the network's width and the kind of device.
         normalise_cam: whether each heatmap is divided by its maximum.
+        cam_score: "all" sums all logits; "predicted" those of the lesion that the pass predicts (z > 0), and a pass
+            that predicts none has an empty heatmap.
         to_logits: makes logits (K, 1, H, W) of the model's output; the general path only.
         method: "general" serves every model; "fast" is the algebra of
             :mod:`inference.unet_passes`, for an unmodified float32 U-Net and the
@@ -441,7 +406,7 @@ def uncertainty_maps(
     Raises:
         ValueError: no active dropout, a model that does not reach the target or
             whose logits do not depend on it, non-finite logits in fp32, an
-            unknown method or precision, or "fast" where it does not apply.
+            unknown method, precision or score, or "fast" where it does not apply.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -455,16 +420,17 @@ def uncertainty_maps(
     ids = [str(i) for i in range(len(images))] if image_ids is None else list(image_ids)
     if len(ids) != len(images):
         raise ValueError(f"{len(images)} images but {len(ids)} ids")
-    for name, value, known in (("method", method, METHODS), ("precision", precision, PRECISIONS)):
+    choices = (("method", method, METHODS), ("precision", precision, PRECISIONS), ("cam_score", cam_score, CAM_SCORES))
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, not {value!r}")
     active_dropout(model)
-    applies = images.dtype == torch.float32 and to_logits is _binary_logits and supports(model, target_layer)
+    applies = images.dtype == torch.float32 and to_logits is binary_logits and supports(model, target_layer)
     if method == "fast" and not applies:
         raise ValueError("the fast path needs an unmodified UNet, float32 images, and encoder4 or bottleneck as the target")
     precision = AUTO_PRECISION if precision == "auto" else precision
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    options = _Options(target_layer, passes, seed, chunk, normalise_cam, to_logits, half)
+    options = _Options(target_layer, passes, seed, chunk, normalise_cam, cam_score == "predicted", to_logits, half)
     compute = _fast_maps if applies and method != "general" else _general_maps
     with float32_convolutions("tf32" if precision == "tf32" else "ieee"):
         rows = compute(model, images, ids, options)

@@ -38,16 +38,19 @@ GALLERY_N = 6
 
 
 def newest_run(results: Path) -> Path:
-    """The finished run (a folder with ``metrics.json``) in ``results`` that ended last.
+    """The finished run (a folder with ``metrics.json``) in ``results`` that ended last; of pooled trainings one of them.
 
     Raises:
         UserError: there is none.
     """
-    results = Path(results)
-    runs = [path.parent for path in (*results.glob("metrics.json"), *results.glob("*/metrics.json"))]
-    if not runs:
-        raise UserError(f"there is no finished run in {results}; run main.py first")
-    return max(runs, key=lambda path: (path / "metrics.json").stat().st_mtime)
+    from experiment.saved_run import is_pooled
+
+    places = ("metrics.json", "*/metrics.json", "*/seed-*/metrics.json")
+    found = [path for place in places for path in Path(results).glob(place)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if not is_pooled(path.parent):
+            return path.parent
+    raise UserError(f"there is no finished run in {results}; run main.py first")
 
 
 def run_pairs(record: Mapping[str, Any]) -> dict[str, Pair]:
@@ -187,9 +190,13 @@ def summarise(folder: Path) -> Path:
 
     The galleries need the images as well: where the dataset is gone, they stay as they are, and that is said.
     """
-    from experiment.saved_run import load_run
+    from experiment.saved_run import is_pooled, load_pooled, load_run
+    from reporting.pooled import draw_pooled
     from reporting.run_pictures import draw_run
 
+    if is_pooled(folder):
+        draw_pooled(load_pooled(folder))
+        return folder / "report.html"
     run = load_run(folder)
     try:
         draw_run(run, image_reader(run))
@@ -276,14 +283,13 @@ def chosen_image(record: Mapping[str, Any], args: argparse.Namespace) -> Chosen:
 
 def render_case(folder: Path, args: argparse.Namespace) -> Path:
     """Compute, draw, save and (where there is a display) show the case that the arguments ask for."""
-    from experiment.saved_run import SavedRun
+    from experiment.saved_run import SavedRun, read_record
     from isic.decoding import read_image, read_mask
     from reporting.cases import case_figure, case_title, overlay_figure
     from reporting.run_pictures import labels
     from reporting.style import save_figure
-    from runtime.records import read_json
 
-    record = read_json(folder / "config.json")
+    record = read_record(folder)
     chosen = chosen_image(record, args)
     case, config, metrics = compute_case(folder, chosen.pair, chosen.image, chosen.id, args.device)
     if args.image is None and chosen.id not in record["split"]["test"]:  # its Dice is no test result

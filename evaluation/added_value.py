@@ -20,7 +20,7 @@ from evaluation import ranking
 from evaluation.arrays import Array, accurate_dtype, divide, jsonable
 from evaluation.counting import Counters, Rows
 from evaluation.fusion import fit_logistic
-from evaluation.image_maps import Split, checked_maps, outcomes, pieces, pixels_in_region, wrong_pixels
+from evaluation.image_maps import Split, checked_maps, pieces, pixels_in_region, wrong_pixels
 from evaluation.names import PREDICTIVE, REGIONS, SALIENCY
 from evaluation.normalisation import Distribution, Rank, rank
 from evaluation.ranking import HISTOGRAM_BINS, add_histogram, histogram_bin, quantile_edges, quantile_table
@@ -124,7 +124,7 @@ def count_error_models(images: Split, models: ErrorModels, edges: Array | None =
         }
         for piece in pieces(len(flat["mean_prediction"]), device):
             part = {name: value[piece] for name, value in flat.items()}
-            outcome = outcomes(part["predicted"], part["true_mask"])
+            outcome = part["outcome"]
             features = error_features(part, models.ranks)
             for position, name in enumerate(names):
                 region, model = name.split("/")

@@ -2,7 +2,8 @@
 
 The memory used depends neither on the size of the images nor, beyond the counters themselves, on their number.
 
-Shapes: I images, S scores, L lambdas, A = 4 outcomes, B bins, Q quantile bins, F histogram bins, N pixels.
+Shapes: I images, S scores, L lambdas, A = 8 outcomes, B bins, Q quantile bins, F histogram bins, N pixels, H and W the
+sides of an image.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.added import error_cells_of_image
 from evaluation.arrays import Array, accurate_dtype
 from evaluation.calibration import confidence_sum, count_confidence
 from evaluation.fusion import LAMBDAS, Fusion, convex_curve
-from evaluation.image_maps import Split, checked_maps, outcomes, pieces
-from evaluation.names import CONFIDENCE_STEP, CORRECT, OUTCOMES, PREDICTIVE, SALIENCY, SCORES
+from evaluation.image_maps import Split, checked_maps, pieces
+from evaluation.joint import joint_of_image, with_other_saliency
+from evaluation.names import CONFIDENCE_STEP, CORRECT, IN_BAND, OUTCOMES, PREDICTIVE, SALIENCY, SCORES
 from evaluation.ranking import HISTOGRAM_BINS, add_histogram, histogram_bin, quantile_table
-from evaluation.scores import uncertainty_scores
+from evaluation.scores import largest_uncertainties, uncertainty_scores
 
 # ---------------------------------------------------------------- counters
 
@@ -33,13 +36,17 @@ class Counters:
     `images` (first axis I, in the order of `ids`, which is sorted):
         count (I, S, A, B) int64 and confidence (I, S, A, B) float64: pixels and confidence sums by bin;
         squared_error, log_loss (I, S, A) float64: sums of ``(c - correct)**2`` and of
-        ``-ln max(P, 2**-24)``, P being c for a correct pixel and 1 - c for a wrong one;
+        ``-ln max(P, 2**-24)``, P being c for a correct pixel and 1 - c for a wrong one; inside and outside the
+        boundary band together are exactly the sum that all of them have;
         lambda_count, lambda_confidence (I, L, 2, B): wrong and correct pixels of the ground-truth
         foreground under convex fusion at every lambda;
         clipped (I, 2) int64: pixels of predictive and saliency variance outside the normalisation's range;
         largest (I, 2) float64: the largest predictive and saliency variance of the image;
         cells (I, S, A, Q) int32: pixels by quantile bin, where the quantile bins were given;
-        empty_cams (I,) int64, where the maps said so (-1 where they did not).
+        joint (I, V, 4, K, K) int32, cell_sums (I, 2, K) float64: see :func:`joint.joint_of_image`;
+        error_cells (I, 2, ...) int32: see :func:`added.error_cells_of_image`;
+        quantile95, largest_patch (I, S) float32: see :func:`scores.largest_uncertainties`;
+        empty_cams (I,) int64 and pass_dice (I,) float64, where the maps said so (-1 where they did not).
     `pooled` (summed over images):
         fine (S, A, F) int64: pixels by histogram bin of the score.
     `edges` (S, Q - 1) int64: the last histogram bin of every quantile bin but the last.
@@ -259,12 +266,13 @@ def count_scores(
         >>> counters = count_scores([("a", maps)], Fusion(Linear(0.0, 1.0), Linear(0.0, 1.0)))
         >>> counters.scores.index("predictive_variance")
         0
-        >>> dict(zip(OUTCOMES, counters.images["count"][0, 0].sum(-1).tolist()))
-        {'true_negative': 0, 'false_positive': 0, 'false_negative': 1, 'true_positive': 1}
+        >>> found = dict(zip(OUTCOMES, counters.images["count"][0, 0].sum(-1).tolist()))
+        >>> {outcome: pixels for outcome, pixels in found.items() if pixels}
+        {'false_negative': 1, 'true_positive': 1}
     """
     rows = Rows()
     names: tuple[str, ...] = ()
-    for identifier, maps in images:
+    for identifier, maps, other in with_other_saliency(images):
         flat = checked_maps(identifier, maps)
         present = tuple(name for name in SCORES if name != "mutual_information" or "expected_entropy" in flat)
         if not rows.ids:
@@ -278,8 +286,13 @@ def count_scores(
         elif names != present:
             raise ValueError(f"{identifier}: expected_entropy is present in some images only")
         row = _curve_of_image(flat, fusion, lambdas, bins) if lambdas else {}
-        row.update(_scores_of_image(flat, fusion, bins, histogram, lookup, quantiles))
+        counted, scores = _scores_of_image(flat, fusion, bins, histogram, lookup, quantiles)
+        row.update(counted)
+        row.update(largest_uncertainties(scores, maps["mean_prediction"].shape))
+        row.update(joint_of_image(identifier, flat, other, fusion))
+        row["error_cells"] = error_cells_of_image(flat, fusion)
         row["empty_cams"] = np.asarray(maps.get("empty_cams", -1), dtype=np.int64)
+        row["pass_dice"] = np.asarray(maps.get("pass_dice", -1.0), dtype=np.float64)
         rows.add(identifier, row)
     pooled = {"fine": histogram.view(len(names), len(OUTCOMES), HISTOGRAM_BINS).cpu().numpy()} if rows.ids else {}
     return rows.counters(names, lambdas, bins, pooled, edges)
@@ -287,42 +300,88 @@ def count_scores(
 
 def _scores_of_image(
     flat: Mapping[str, Tensor], fusion: Fusion, bins: int, histogram: Tensor, lookup: Tensor | None, quantiles: int
-) -> dict[str, Array]:
-    """Counters of one image; its pixels are added to `histogram` (S * A * F,). `lookup`: quantile bin (S, F)."""
+) -> tuple[dict[str, Array], Tensor]:
+    """Counters of one image, and its scores (S, N).
+
+    Its pixels are added to `histogram` (S * A * F,). `lookup`: quantile bin (S, F).
+    """
     device = flat["mean_prediction"].device
     sums: dict[str, Tensor] = {}
+    all_scores = []
     for piece in pieces(len(flat["mean_prediction"]), device):
         part = {name: values[piece] for name, values in flat.items()}
         scores = torch.stack(list(uncertainty_scores(part, fusion).values()))  # (S, n)
-        outcome = outcomes(part["predicted"], part["true_mask"])  # (n,)
+        all_scores.append(scores)
+        outcome = part["outcome"]
         count, total = count_confidence(scores, outcome, len(OUTCOMES), bins)
-        losses = [_losses(scores[:, outcome == code], code in CORRECT) for code in range(len(OUTCOMES))]
-        here = {
-            "count": count,
-            "confidence": confidence_sum(total),
-            "squared_error": torch.stack([squared for squared, _ in losses], 1).cpu().double(),
-            "log_loss": torch.stack([loss for _, loss in losses], 1).cpu().double(),
-        }
-        group = torch.arange(len(scores), device=device)[:, None] * len(OUTCOMES) + outcome  # (S, n)
+        losses = _losses(scores, outcome)  # (2, 2, S, 4): squared error and log loss; anywhere and in the band
+        here = {"count": count, "confidence": confidence_sum(total), "losses": losses.cpu().double()}
         place = histogram_bin(scores)
-        add_histogram(histogram, group * HISTOGRAM_BINS + place)
+        add_histogram(histogram, _counter_index(place, outcome, HISTOGRAM_BINS))
         if lookup is not None:
             pixels = torch.zeros(len(scores) * len(OUTCOMES) * quantiles, dtype=torch.int64, device=device)
-            add_histogram(pixels, group * quantiles + torch.gather(lookup, 1, place))
+            add_histogram(pixels, _counter_index(torch.gather(lookup, 1, place), outcome, quantiles))
             here["cells"] = pixels.view(len(scores), len(OUTCOMES), quantiles).to(torch.int32).cpu()
         sums = {name: sums[name] + value for name, value in here.items()} if sums else here
+    squared_error, log_loss = (split_exactly(*both) for both in sums.pop("losses").numpy())
     clipped = [fusion.predictive.outside(flat[PREDICTIVE]), fusion.saliency.outside(flat[SALIENCY])]
-    return {
+    counted = {
         **{name: value.numpy() for name, value in sums.items()},
+        "squared_error": squared_error,
+        "log_loss": log_loss,
         "clipped": np.array(clipped, dtype=np.int64),
         "largest": np.array([float(flat[name].max()) for name in (PREDICTIVE, SALIENCY)]),
     }
+    return counted, torch.cat(all_scores, 1)
 
 
-def _losses(scores: Tensor, correct: bool) -> tuple[Tensor, Tensor]:
-    """Sums over pixels (S,) of the squared error and of the log loss of the confidence."""
+def _counter_index(place: Tensor, outcome: Tensor, bins: int) -> Tensor:
+    """Where in counters (S, A, bins) the pixels belong, (S, n) int64, from their bins (S, n) and outcomes (n,)."""
+    first = torch.arange(len(place), device=place.device) * (len(OUTCOMES) * bins)
+    return (place + outcome.to(torch.int64) * bins).add_(first[:, None])
+
+
+def _losses(scores: Tensor, outcome: Tensor) -> Tensor:
+    """Sums over pixels of the squared error and of the log loss of the confidence.
+
+    Args:
+        scores: (S, n).
+        outcome: codes of `names.OUTCOMES`, (n,).
+
+    Returns:
+        (2, 2, S, 4): squared error and log loss; anywhere and in the boundary band; by score; by outcome.
+    """
     dtype = accurate_dtype(scores.device)
-    confidence = 1.0 - scores
-    truth = confidence if correct else 1.0 - confidence  # probability given to what is the case; exact
-    squared = (1.0 - truth).square_().sum(1, dtype=dtype)
-    return squared, truth.clamp_(min=CONFIDENCE_STEP).log_().sum(1, dtype=dtype).neg_()
+    losses = torch.zeros(2, 2, len(scores), IN_BAND, dtype=dtype, device=scores.device)
+    label, band = outcome % IN_BAND, outcome >= IN_BAND
+    for code in range(IN_BAND):
+        chosen = (label == code).nonzero().view(-1)
+        confidence = 1.0 - scores.index_select(1, chosen)
+        truth = confidence if code in CORRECT else 1.0 - confidence  # probability given to what is the case; exact
+        inside = band[chosen].nonzero().view(-1)
+        squared = (1.0 - truth).square_()
+        loss = truth.clamp_(min=CONFIDENCE_STEP).log_().neg_()
+        for place, values in enumerate((squared, loss)):
+            losses[place, 0, :, code] = values.sum(1, dtype=dtype)
+            losses[place, 1, :, code] = values.index_select(1, inside).sum(1, dtype=dtype)
+    return losses
+
+
+def split_exactly(whole: Array, part: Array) -> Array:
+    """Sums outside and inside the boundary band that add up to the sum of all pixels without rounding.
+
+    Args:
+        whole: sums over all pixels, (S, 4) float64, not negative.
+        part: sums over those in the band, the same shape.
+
+    Returns:
+        (S, 8): what is left of `whole`, then `part` to within a unit in the last place of `whole`.
+
+    Example:
+        >>> both = split_exactly(np.array([[0.3]]), np.array([[0.1]]))
+        >>> float(both.sum()) == 0.3, 0.1 + 0.2 == 0.3
+        (True, False)
+    """
+    unit = np.spacing(whole)
+    inside = np.minimum(np.rint(part / unit) * unit, whole)  # a multiple of the unit, as is the difference
+    return np.concatenate([whole - inside, inside], 1)

@@ -2,11 +2,12 @@
 
 The maps of an image are (H, W) tensors on one device: `mean_prediction`, `pred_variance`,
 `saliency_variance`, optionally `expected_entropy` (all float32), and `true_mask` (uint8, 0 or 1); beside them
-optionally the numbers `empty_cams` and `threshold` (0.5: a pixel with a larger `mean_prediction` is predicted
-lesion). Images may differ in size.
+optionally the numbers `empty_cams`, `threshold` (0.5: a pixel with a larger `mean_prediction` is predicted lesion) and
+`pass_dice` (mean Dice of two passes). Images may differ in size.
 
-Every pixel has one of four outcomes, coded ``2 * truth + predicted`` (true negative, false positive, false
-negative, true positive). Every region that numbers are wanted for is a union of outcomes.
+Every pixel has one of four outcomes, coded ``2 * truth + predicted`` (true negative, false positive, false negative,
+true positive), and lies inside or outside the band along the predicted boundary: 4 is added to the code of a pixel
+inside. Every region that numbers are wanted for is a union of these eight codes, see `names.REGIONS`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.names import CORRECT, PREDICTIVE, REGIONS, SALIENCY
+from evaluation.names import BAND_REACH, BAND_SIDE, CORRECT, IN_BAND, PREDICTIVE, REGIONS, SALIENCY
 
 #: The maps of one image by name.
 ImageMaps = Mapping[str, Any]
@@ -80,8 +81,9 @@ def checked_maps(identifier: str, maps: ImageMaps) -> dict[str, Tensor]:
         maps: as the module describes; not changed.
 
     Returns:
-        Every map as a tensor (N,), float32 but for `true_mask`, and "predicted" (N,) uint8: 1 where
-        ``mean_prediction > threshold``, else 0.
+        Every map as a tensor (N,), float32 but for `true_mask`; "predicted" (N,) uint8, 1 where
+        ``mean_prediction > threshold``, else 0; and "outcome" (N,) int32, see :func:`outcomes`. Maps that are not
+        (H, W) have no boundary band.
 
     Raises:
         ValueError: maps of different shapes, NaN, an infinite value or one out of range; names image and map.
@@ -89,8 +91,9 @@ def checked_maps(identifier: str, maps: ImageMaps) -> dict[str, Tensor]:
     Example:
         >>> maps = {"mean_prediction": torch.tensor([[0.5, 0.75]]), "pred_variance": torch.zeros(1, 2),
         ...         "saliency_variance": torch.zeros(1, 2), "true_mask": torch.tensor([[0, 1]])}
-        >>> checked_maps("a", maps)["predicted"].tolist()
-        [0, 1]
+        >>> flat = checked_maps("a", maps)
+        >>> flat["predicted"].tolist(), flat["outcome"].tolist()  # both pixels lie in the band
+        ([0, 1], [4, 7])
     """
     shape = maps["mean_prediction"].shape
     flat: dict[str, Tensor] = {}
@@ -108,6 +111,8 @@ def checked_maps(identifier: str, maps: ImageMaps) -> dict[str, Tensor]:
     if mask.numel() and int(mask.max()) > 1:
         raise ValueError(f"{identifier}: true_mask holds values other than 0 and 1")
     flat["predicted"] = (flat["mean_prediction"] > maps.get("threshold", 0.5)).to(torch.uint8)
+    band = boundary_band(flat["predicted"].view(shape)).view(-1) if len(shape) == 2 else None
+    flat["outcome"] = outcomes(flat["predicted"], mask, band=band)
     return flat
 
 
@@ -125,13 +130,14 @@ def pieces(pixels: int, device: torch.device) -> list[slice]:
 # ---------------------------------------------------------------- outcomes
 
 
-def outcomes(mean_prediction: Tensor, true_mask: Tensor, threshold: float = 0.5) -> Tensor:
-    """The outcome ``2 * truth + predicted`` of every pixel.
+def outcomes(mean_prediction: Tensor, true_mask: Tensor, threshold: float = 0.5, band: Tensor | None = None) -> Tensor:
+    """The outcome ``2 * truth + predicted + 4 * band`` of every pixel.
 
     Args:
         mean_prediction: probabilities, any shape.
         true_mask: same shape; lesion where positive.
         threshold: a pixel is predicted lesion where its probability is larger.
+        band: same shape, 1 inside the boundary band and 0 outside; None leaves all pixels outside.
 
     Returns:
         int32 codes, positions in `names.OUTCOMES`, same shape.
@@ -139,8 +145,53 @@ def outcomes(mean_prediction: Tensor, true_mask: Tensor, threshold: float = 0.5)
     Example:
         >>> outcomes(torch.tensor([0.25, 0.75, 0.5, 0.75]), torch.tensor([0, 0, 1, 1])).tolist()
         [0, 1, 2, 3]
+        >>> outcomes(torch.tensor([0.25, 0.75]), torch.tensor([0, 0]), band=torch.tensor([0, 1])).tolist()
+        [0, 5]
     """
-    return 2 * (true_mask > 0).to(torch.int32) + (mean_prediction > threshold).to(torch.int32)
+    code = 2 * (true_mask > 0).to(torch.int32) + (mean_prediction > threshold).to(torch.int32)
+    return code if band is None else code.add_(band.to(torch.int32), alpha=IN_BAND)
+
+
+def band_reach(height: int, width: int) -> int:
+    """How far the boundary band reaches, in pixels: ``max(1, round(side * 3 / 128))`` of the shorter side.
+
+    Example:
+        >>> band_reach(128, 128), band_reach(256, 300), band_reach(24, 24)
+        (3, 6, 1)
+    """
+    return max(1, round(min(height, width) * BAND_REACH / BAND_SIDE))
+
+
+def boundary_band(predicted: Tensor) -> Tensor:
+    """The band along the predicted boundary: pixels with one of the other label within :func:`band_reach` of them.
+
+    The distance is Chebyshev's, the larger of those along rows and columns: a pixel lies in the band where the square
+    window around it, as far as the image goes, holds both labels. Where one label is predicted everywhere, there is none.
+
+    Args:
+        predicted: labels 0 and 1, (H, W) uint8.
+
+    Returns:
+        1 inside the band and 0 outside, (H, W) uint8.
+
+    Example:
+        >>> predicted = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * 2, dtype=torch.uint8)  # the reach is 1
+        >>> boundary_band(predicted).tolist()
+        [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0]]
+    """
+    height, width = predicted.shape
+    reach = band_reach(height, width)
+    window = 2 * reach + 1
+    seen = torch.stack([predicted, 1 - predicted])  # which labels the window around each pixel holds
+    for axis, size in ((1, height), (2, width)):
+        # The maximum over a window of 2 w is that over two of w side by side; the last two overlap.
+        padding = (0, 0, reach, reach) if axis == 1 else (reach, reach)
+        seen, length = torch.nn.functional.pad(seen, padding), 1
+        while 2 * length <= window:
+            rest = seen.shape[axis] - length
+            seen, length = seen.narrow(axis, 0, rest) | seen.narrow(axis, length, rest), 2 * length
+        seen = seen.narrow(axis, 0, size) | seen.narrow(axis, window - length, size)
+    return seen[0] & seen[1]
 
 
 def pixels_in_region(outcome: Tensor, region: str) -> Tensor:

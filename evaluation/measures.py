@@ -17,13 +17,16 @@ from evaluation.arrays import Array, divide
 from evaluation.calibration import (
     average_calibration_error,
     bin_index,
+    brier_parts,
+    debiased_calibration_error,
     expected_calibration_error,
     maximum_calibration_error,
     region_bins,
+    region_codes,
     signed_gap,
 )
 from evaluation.counting import Counters
-from evaluation.names import CONFIDENCE_STEP, CORRECT, REGIONS
+from evaluation.names import CONFIDENCE_STEP, IN_BAND, REGIONS
 from evaluation.ranking import bin_values, pool_bins
 from evaluation.recalibration import METHODS, mean_uncertainty
 from evaluation.resampling import LOWER_IS_BETTER, bootstrap, estimate, paired_difference
@@ -34,10 +37,16 @@ Key = tuple[str, str, str]
 Recalibration = Mapping[tuple[str, str], Array]
 
 JUDGED = ("ece", "brier", "log_loss")  # measures whose differences get a verdict; the lower the better
+#: Measures without an interval: at most 64 % of those of the largest gap of a bin hold the truth in simulations, and
+#: resamples of an ECE have its bias twice, which the debiased one reduces.
+WITHOUT_INTERVAL = ("mce", "ece_debiased")
 
 
 def calibration_measures(summed: Mapping[str, Array], region: str) -> dict[str, Array]:
-    """ECE, signed gap, maximum and average calibration error, Brier score and log loss in a region.
+    """Proper scores of the confidence, Brier score and log loss, and then its calibration errors in a region.
+
+    "brier" is "brier_reliability" - "brier_resolution" + accuracy (1 - accuracy) + "brier_remainder", the latter being
+    what the bins leave out; see :func:`calibration.brier_parts`.
 
     Args:
         summed: `count`, `confidence` (..., S, A, B), `squared_error` and `log_loss` (..., S, A).
@@ -48,37 +57,43 @@ def calibration_measures(summed: Mapping[str, Array], region: str) -> dict[str, 
     """
     bins = region_bins(summed["count"], summed["confidence"], region)
     pixels = bins[0].sum(-1)
-    members = list(REGIONS[region])
+    members = sorted(sum(region_codes(region, summed["count"].shape[-2]), []))
+    brier = divide(summed["squared_error"][..., members].sum(-1), pixels)
+    reliability, resolution, uncertainty = brier_parts(*bins)
     return {
+        "brier": brier,
+        "brier_reliability": reliability,
+        "brier_resolution": resolution,
+        "brier_remainder": brier - (reliability - resolution + uncertainty),
+        "log_loss": divide(summed["log_loss"][..., members].sum(-1), pixels),
         "ece": expected_calibration_error(*bins),
         "signed_gap": signed_gap(*bins),
         "mce": maximum_calibration_error(*bins),
         "ace": average_calibration_error(*bins),
-        "brier": divide(summed["squared_error"][..., members].sum(-1), pixels),
-        "log_loss": divide(summed["log_loss"][..., members].sum(-1), pixels),
     }
 
 
 def split_region(histogram: Array, region: str) -> tuple[Array, Array]:
-    """Correct and wrong pixels (..., K) of a region from a histogram (..., A, K).
+    """Correct and wrong pixels (..., K) of a region from a histogram (..., A, K), see :func:`calibration.region_codes`.
 
     Example:
-        >>> correct, wrong = split_region(np.array([[8], [1], [2], [4]]), "union")
+        >>> correct, wrong = split_region(np.array([[8], [1], [2], [4], [0], [0], [0], [16]]), "union")
         >>> correct.tolist(), wrong.tolist()
-        ([4], [3])
+        ([20], [3])
     """
-    right = [outcome for outcome in REGIONS[region] if outcome in CORRECT]
-    wrong = [outcome for outcome in REGIONS[region] if outcome not in CORRECT]
+    right, wrong = region_codes(region, histogram.shape[-2])
     return histogram[..., right, :].sum(-2), histogram[..., wrong, :].sum(-2)
 
 
 def ranking_measures(correct: Array, wrong: Array) -> dict[str, Array]:
     """AUROC and AUPRC of error detection, AURC and excess AURC, (..., S) each, from histograms (..., S, K)."""
+    right, errors = ranking.up_to(correct), ranking.up_to(wrong)
+    area = ranking.aurc(correct, wrong, right, errors)
     return {
         "auroc": ranking.auroc(correct, wrong),
-        "auprc": ranking.average_precision(correct, wrong),
-        "aurc": ranking.aurc(correct, wrong),
-        "excess_aurc": ranking.excess_aurc(correct, wrong),
+        "auprc": ranking.average_precision(correct, wrong, right, errors),
+        "aurc": area,
+        "excess_aurc": area - ranking.ideal_aurc(correct, wrong),
     }
 
 
@@ -104,13 +119,24 @@ def fit_recalibration(validation: Counters, edges: Array) -> dict[tuple[str, str
     return fitted
 
 
-def recalibrated_measures(correct: Array, wrong: Array, confidence: Array, bins: int) -> dict[str, Array]:
-    """ECE, signed gap, Brier score and log loss after recalibration.
+def recalibrated_measures(
+    correct: Array, wrong: Array, confidence: Array, bins: int, smallest: float = CONFIDENCE_STEP
+) -> dict[str, Array]:
+    """Brier score, log loss, ECE and signed gap after recalibration.
+
+    For the log loss the recalibrated confidences are kept within [`smallest`, 1 - `smallest`]. Isotonic regression gives
+    exactly 0 or 1 where all validation pixels of a bin are wrong or all are right, and the log loss of a single test pixel
+    against it is then as large as rounding allows. Adding a pixel to each count would hardly change that: there are
+    millions, but those of one image are much the same, so that it is the n validation images that count.
+    ``smallest = 1 / (2 n)``, half an image among them, is the least that can be told from 0. It bounds the other
+    end as well, where almost every pixel is right: below about ``1 / (2 n)`` nats per pixel this log loss cannot fall.
 
     Args:
         correct, wrong: pixels by quantile bin, (..., S, Q).
         confidence: recalibrated confidence of every quantile bin, (S, Q); NaN gives NaN.
         bins: equal-width bins of the recalibrated confidence.
+        smallest: bound of the confidences that the log loss takes, in (0, 0.5]; the step of a confidence where nothing
+            is to be smoothed.
 
     Returns:
         (..., S) each; NaN without pixels.
@@ -121,35 +147,75 @@ def recalibrated_measures(correct: Array, wrong: Array, confidence: Array, bins:
         >>> found["ece"].tolist(), found["signed_gap"].tolist()  # gaps of 0 and 1/4
         ([0.125], [0.125])
     """
-    size = correct + wrong
-    pixels = size.sum(-1, dtype=float)
+    size = (correct + wrong).astype(float)
+    correct, wrong = correct.astype(float), wrong.astype(float)
+    pixels = size.sum(-1)
     gap = correct - size * confidence
     error = np.zeros(pixels.shape)
     for score in range(len(confidence)):
         index = bin_index(confidence[score], bins)
-        for here in np.unique(index):
-            error[..., score] += np.abs(gap[..., score, index == here].sum(-1))
-    kept = np.clip(confidence, CONFIDENCE_STEP, 1.0 - CONFIDENCE_STEP)
+        order = np.argsort(index, kind="stable")
+        ordered = np.moveaxis(gap[..., score, :], -1, 0)[order]
+        starts = np.flatnonzero(np.diff(index[order], prepend=-1))
+        for first, end in zip(starts, [*starts[1:], len(order)]):
+            error[..., score] += np.abs(ordered[first:end].sum(0))
+    kept = np.clip(confidence, smallest, 1.0 - smallest)
     return {
-        "ece": divide(error, pixels),
-        "signed_gap": divide(-gap.sum(-1), pixels),
         "brier": divide((correct * (1.0 - confidence) ** 2 + wrong * confidence**2).sum(-1), pixels),
         "log_loss": divide(-(correct * np.log(kept) + wrong * np.log1p(-kept)).sum(-1), pixels),
+        "ece": divide(error, pixels),
+        "signed_gap": divide(-gap.sum(-1), pixels),
     }
 
 
-def score_statistics(summed: Mapping[str, Array], recalibration: Recalibration, bins: int) -> dict[Key, Array]:
-    """All measures of all scores from summed counters, (..., S) each."""
+def layers(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """What is resampled: all pixels by four outcomes ("all/NAME"), those in the boundary band by two ("band/NAME").
+
+    These take less time than eight outcomes, and the sums of all other regions are to the last bit what they would be
+    without a band.
+
+    Args:
+        arrays: (I, S, A, ...) by name.
+
+    Returns:
+        (I, S, 4, ...) and (I, S, 2: wrong, correct, ...) each.
+    """
+    found = {f"all/{name}": value[:, :, :IN_BAND] + value[:, :, IN_BAND:] for name, value in arrays.items()}
+    right, wrong = region_codes("boundary_band")
+    for name, value in arrays.items():
+        found[f"band/{name}"] = np.stack([value[:, :, wrong].sum(2), value[:, :, right].sum(2)], 2)
+    return found
+
+
+def layer_of(summed: Mapping[str, Array], region: str) -> dict[str, Array]:
+    """The summed :func:`layers` that a region consists of, by the names of the arrays."""
+    prefix = "band/" if region == "boundary_band" else "all/"
+    return {name[len(prefix) :]: value for name, value in summed.items() if name.startswith(prefix)}
+
+
+def score_statistics(
+    summed: Mapping[str, Array], recalibration: Recalibration, bins: int, smallest: float = CONFIDENCE_STEP
+) -> dict[Key, Array]:
+    """All measures of all scores from summed :func:`layers`, (..., S) each.
+
+    Args:
+        summed: arrays (..., S, 4, ...) and (..., S, 2, ...).
+        recalibration: fitted to validation.
+        bins: equal-width bins of the recalibrated confidence.
+        smallest: bound of the isotonic confidences, see :func:`recalibrated_measures`. Platt's have no steps to smooth.
+    """
     result: dict[Key, Array] = {}
     for region in REGIONS:
-        for name, value in calibration_measures(summed, region).items():
+        layer = layer_of(summed, region)
+        for name, value in calibration_measures(layer, region).items():
             result[region, "raw", name] = value
-        correct, wrong = split_region(summed["cells"], region)
+        correct, wrong = split_region(layer["cells"], region)
         for name, value in ranking_measures(correct, wrong).items():
             result[region, "raw", name] = value
         for method in METHODS:
             confidence = recalibration[method, region]
-            for name, value in recalibrated_measures(correct, wrong, confidence, bins).items():
+            bound = smallest if method == "isotonic" else CONFIDENCE_STEP
+            for name, value in recalibrated_measures(correct, wrong, confidence, bins, bound).items():
                 result[region, method, name] = value
     return result
 
@@ -159,22 +225,24 @@ class ScoreTable:
     """Every measure of every score on the test split, with its resamples."""
 
     scores: tuple[str, ...]
-    point: dict[Key, Array]  # (S,) each
-    samples: dict[Key, Array]  # (R, S) each
+    point: dict[Key, Array]  # (S,) each, in the order of the tables
+    samples: dict[Key, Array]  # (R, S) each; none of measures without an interval
 
     def value(self, key: Key, score: str) -> float:
         """The measure of one score."""
         return float(self.point[key][self.scores.index(score)])
 
     def estimate(self, key: Key, score: str) -> dict[str, Any]:
-        """The measure of one score with its interval."""
+        """The measure of one score with its interval, if it has one."""
         position = self.scores.index(score)
-        return estimate(self.point[key][position], self.samples[key][:, position])
+        return estimate(self.point[key][position], self.samples[key][:, position] if key in self.samples else None)
 
     def difference(self, key: Key, first: str, second: str) -> dict[str, Any]:
         """The paired difference of two scores; with a verdict for measures that have one."""
         better = LOWER_IS_BETTER if key[2] in JUDGED else None
         places = self.scores.index(first), self.scores.index(second)
+        if key not in self.samples:
+            return estimate(self.point[key][places[0]] - self.point[key][places[1]], None)
         return paired_difference(self.point[key], self.samples[key], *places, better)
 
 
@@ -185,14 +253,22 @@ def score_table(validation: Counters, test: Counters, resamples: int, seed: int)
     shifted by the (small) difference that this makes for the whole split.
     """
     recalibration = fit_recalibration(validation, test.edges)
-    arrays = {name: test.images[name] for name in ("count", "confidence", "squared_error", "log_loss", "cells")}
-    arrays["cells"] = arrays["cells"].astype(np.float32)
+    arrays = layers({name: test.images[name] for name in ("count", "confidence", "squared_error", "log_loss", "cells")})
+    arrays.update({name: value.astype(np.float32) for name, value in arrays.items() if name.endswith("/cells")})
+    smallest = 0.5 / len(validation.ids)
 
     def statistics(summed: Mapping[str, Array]) -> dict[Key, Array]:
-        return score_statistics(summed, recalibration, test.bins)
+        found = score_statistics(summed, recalibration, test.bins, smallest)
+        return {key: value for key, value in found.items() if key[2] not in WITHOUT_INTERVAL}
 
-    point = statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
+    totals = {name: value.sum(0, dtype=float) for name, value in arrays.items()}
     samples = bootstrap(arrays, statistics, resamples, seed, chunk=64)
+    point: dict[Key, Array] = {}
+    for key, value in score_statistics(totals, recalibration, test.bins, smallest).items():
+        point[key] = value
+        if key[1:] == ("raw", "ece"):
+            bins = region_bins(test.images["count"], test.images["confidence"], key[0])
+            point[key[0], "raw", "ece_debiased"] = debiased_calibration_error(*bins)
     for region in REGIONS:
         for name, exact in ranking_measures(*split_region(test.pooled["fine"], region)).items():
             key = (region, "raw", name)

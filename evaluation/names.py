@@ -30,17 +30,44 @@ CONFIDENCE_STEP = 2.0**-24
 
 # ---------------------------------------------------------------- outcomes and regions
 
-#: Outcomes of a pixel, by their code ``2 * truth + predicted``.
-OUTCOMES = ("true_negative", "false_positive", "false_negative", "true_positive")
+#: Added to the code of a pixel that lies inside the band along the predicted boundary.
+IN_BAND = 4
+#: Outcomes of a pixel, by their code ``2 * truth + predicted + IN_BAND * (inside the band)``.
+OUTCOMES = (
+    "true_negative", "false_positive", "false_negative", "true_positive",
+    "true_negative_in_band", "false_positive_in_band", "false_negative_in_band", "true_positive_in_band",
+)
 #: Codes of the outcomes whose predicted label equals the truth.
-CORRECT = (0, 3)
+CORRECT = (0, 3, 4, 7)
 #: Regions of an image as codes of outcomes; the foreground is the ground-truth lesion.
 REGIONS = {
-    "foreground": (2, 3),
-    "predicted_foreground": (1, 3),
-    "union": (1, 2, 3),
-    "whole_image": (0, 1, 2, 3),
+    "foreground": (2, 3, 6, 7),
+    "predicted_foreground": (1, 3, 5, 7),
+    "union": (1, 2, 3, 5, 6, 7),
+    "whole_image": (0, 1, 2, 3, 4, 5, 6, 7),
+    "predicted_background": (0, 2, 4, 6),
+    "boundary_band": (4, 5, 6, 7),
 }
+#: Whether one has to know the truth to tell which pixels belong to a region: what is measured there says little about
+#: an image without ground truth.
+CONDITIONS_ON_TRUTH = {
+    "foreground": True,
+    "predicted_foreground": False,
+    "union": True,
+    "whole_image": False,
+    "predicted_background": False,
+    "boundary_band": False,
+}
+#: The regions whose scores decide the quantile bins.
+QUANTILE_REGIONS = ("foreground", "predicted_foreground", "union", "whole_image")
+#: The boundary band reaches this far from the predicted boundary, in pixels of an image with this shorter side.
+BAND_REACH, BAND_SIDE = 3, 128
+
+# ---------------------------------------------------------------- images
+
+#: How the uncertainty of the pixels of an image becomes one number: mean over the image, mean over the predicted lesion,
+#: 95 % quantile of the pixels, largest mean over a square patch.
+AGGREGATES = ("whole_image", "predicted_foreground", "quantile95", "largest_patch")
 
 # ---------------------------------------------------------------- thresholds
 

@@ -66,6 +66,11 @@ class Distribution:
     high: float
     histogram: Array = field(repr=False)
 
+    @property
+    def flat(self) -> bool:
+        """Whether all pixels have one value, so that no scale can be taken from them."""
+        return self.low == self.high
+
 
 def distributions(images: Split) -> dict[str, Distribution]:
     """The distributions of the predictive and of the saliency variance over a split, in one pass.

@@ -11,7 +11,7 @@ from evaluation.arrays import Array
 from evaluation.counting import Counters, count_scores, merge
 from evaluation.fusion import Fusion, lambda_grid
 from evaluation.image_maps import Split
-from evaluation.names import REGIONS
+from evaluation.names import QUANTILE_REGIONS, REGIONS
 from evaluation.ranking import quantile_edges
 from evaluation.study import run_study
 from evaluation.summary import per_image, summarise
@@ -25,7 +25,7 @@ Gather = Callable[[Optional[Counters]], Sequence[Optional[Counters]]]
 
 def validation_edges(validation: Counters) -> Array:
     """The quantile bins with which the test split has to be counted, (S, Q - 1); see :func:`ranking.quantile_edges`."""
-    return quantile_edges(validation.pooled["fine"], REGIONS.values())
+    return quantile_edges(validation.pooled["fine"], [REGIONS[region] for region in QUANTILE_REGIONS])
 
 
 def _alone(counters: Counters | None) -> list[Counters | None]:

@@ -170,13 +170,26 @@ def auroc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
     return divide((wrong * below).sum(-1), np.sum(wrong, -1, dtype=float) * np.sum(correct, -1, dtype=float))
 
 
-def average_precision(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
+def up_to(values: npt.ArrayLike) -> Array:
+    """Sums over each bin and those before it, (..., K) float64; measures take those of their arguments to share them.
+
+    Example:
+        >>> up_to([2, 1, 0]).tolist()
+        [2.0, 3.0, 3.0]
+    """
+    return np.cumsum(np.asarray(values, dtype=float), -1)
+
+
+def average_precision(
+    correct: npt.ArrayLike, wrong: npt.ArrayLike, right: Array | None = None, errors: Array | None = None
+) -> Array:
     """Area under the precision-recall curve of the errors as average precision.
 
     ``sum_k (recall_k - recall_(k-1)) * precision_k`` over descending thresholds, as in scikit-learn.
 
     Args:
-        correct, wrong: as for :func:`auroc`.
+        correct, wrong: as for :func:`auroc`; whole numbers.
+        right, errors: of both :func:`up_to`, if they are known already.
 
     Returns:
         The area in [0, 1], (...); NaN without errors.
@@ -186,12 +199,16 @@ def average_precision(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
         0.8333333333333333
     """
     correct, wrong = np.asarray(correct, dtype=float), np.asarray(wrong, dtype=float)
-    found = np.cumsum(wrong[..., ::-1], -1)
-    flagged = found + np.cumsum(correct[..., ::-1], -1)
-    return divide((wrong[..., ::-1] * found / np.maximum(flagged, 1e-300)).sum(-1), wrong.sum(-1))
+    right, errors = up_to(correct) if right is None else right, up_to(wrong) if errors is None else errors
+    found = errors[..., -1:] - errors + wrong  # in this bin and those after it
+    flagged = right[..., -1:] - right + correct + found
+    descending = np.ascontiguousarray((wrong * found / np.maximum(flagged, 1e-300))[..., ::-1])
+    return divide(descending.sum(-1), wrong.sum(-1))
 
 
-def aurc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
+def aurc(
+    correct: npt.ArrayLike, wrong: npt.ArrayLike, right: Array | None = None, errors: Array | None = None
+) -> Array:
     """Area under the risk-coverage curve: mean over k of the error rate of the k least uncertain pixels.
 
     Errors among tied pixels are taken to be spread evenly over the tie; sums of 1 / k are replaced by logarithms,
@@ -199,7 +216,7 @@ def aurc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
     ICLR 2019.
 
     Args:
-        correct, wrong: as for :func:`auroc`.
+        correct, wrong, right, errors: as for :func:`average_precision`.
 
     Returns:
         The area in [0, 1], (...); NaN without pixels.
@@ -210,11 +227,13 @@ def aurc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
     """
     wrong = np.asarray(wrong, dtype=float)
     size = wrong + np.asarray(correct)
-    pixels, errors = np.cumsum(size, -1), np.cumsum(wrong, -1)
+    right, errors = up_to(correct) if right is None else right, up_to(wrong) if errors is None else errors
+    pixels = right + errors
     before = pixels - size
     # With e errors in a tie of n, the sum over j = 1 ... n of (E + j e / n) / (N + j) is
     # e + (E - N e / n) (H(N + n) - H(N)); harmonic numbers H(k) = ln(k + 1/2) + const + O(k**-2).
-    harmonic = np.log(pixels + 0.5) - np.log(before + 0.5)
+    harmonic = np.log(pixels + 0.5)
+    harmonic = np.diff(harmonic, axis=-1, prepend=np.log(0.5))
     rest = errors - wrong - before * np.where(size > 0, wrong / np.maximum(size, 1e-300), 0.0)
     return divide((wrong + rest * harmonic).sum(-1), pixels[..., -1])
 
@@ -232,10 +251,22 @@ def excess_aurc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
         >>> abs(round(float(excess_aurc([70, 0], [0, 30])), 9))
         0.0
     """
+    return np.asarray(aurc(correct, wrong) - ideal_aurc(correct, wrong))
+
+
+def ideal_aurc(correct: npt.ArrayLike, wrong: npt.ArrayLike) -> Array:
+    """The AURC (...) of a score that ranks every error last; NaN without pixels.
+
+    Args:
+        correct, wrong: as for :func:`auroc`.
+
+    Example:
+        >>> round(float(ideal_aurc([2, 0], [0, 2])), 2)  # (0/1 + 0/2 + 1/3 + 2/4) / 4 = 5/24
+        0.21
+    """
     errors, right = np.sum(wrong, -1, dtype=float), np.sum(correct, -1, dtype=float)
     pixels = errors + right
-    best = divide(errors - right * (np.log(pixels + 0.5) - np.log(right + 0.5)), pixels)
-    return np.asarray(aurc(correct, wrong) - best)
+    return divide(errors - right * (np.log(pixels + 0.5) - np.log(right + 0.5)), pixels)
 
 
 def risk_coverage(correct: npt.ArrayLike, wrong: npt.ArrayLike, points: int = 101) -> dict[str, Array]:

@@ -15,8 +15,9 @@ from evaluation.names import CONFIDENCE_STEP
 def isotonic(correct: Array, wrong: Array, uncertainty: Array) -> Array:
     """Accuracy of each quantile bin under the constraint that it does not rise with the uncertainty.
 
-    Least squares weighted with the pixels; an empty bin takes the value between its neighbours. Zadrozny & Elkan,
-    KDD 2002.
+    Least squares weighted with the pixels; an empty bin takes the value between its neighbours. Where all pixels are
+    right or all wrong the confidence is exactly 1 or 0; :func:`measures.recalibrated_measures` keeps the log loss
+    finite. Zadrozny & Elkan, KDD 2002.
 
     Args:
         correct, wrong: pixels by bin, ascending uncertainty, (Q,).

@@ -88,10 +88,22 @@ def bootstrap(
 def interval(samples: npt.ArrayLike, level: float = 0.95) -> Array:
     """Percentile interval over axis 0; NaN samples (an empty region) are left out.
 
-    It covers in about 95 % of repetitions for differences and for errors well above their noise. The ECE of a nearly
-    calibrated score is biased upwards (see :func:`expected_calibration_error`), its resamples are so once
-    more, and the interval then lies above the truth: read the paired difference instead, in which the bias of
-    two such scores largely cancels.
+    What it covers was simulated, with images drawn anew in each of 1000 repetitions or more and everything else, the
+    network, scale, lambda and recalibration, held fixed. Shares of the intervals that held the truth:
+
+    ==================================================================  ============
+    150 images, errors well above their noise: ECE, its paired          93 to 95 %
+    difference, reliability and resolution of the Brier score
+    60 to 500 images: rank correlation with Dice, AUROC, AURC and       92 to 96 %
+    AUGRC of a ranking of images, and their paired differences
+    150 images: largest gap of a bin (MCE)                              8 %
+    ==================================================================  ============
+
+    It does not cover what the *procedure* does on average: with 260 validation images drawn anew as well, intervals
+    of the difference in ECE held its mean in 72 % of the repetitions where the scale is stable, and in 8 % where one pixel
+    sets it. And the ECE of a nearly calibrated score is biased upwards (see :func:`expected_calibration_error`),
+    its resamples are so once more, and the interval then lies above the truth: read the paired difference instead, in which
+    the bias of two such scores largely cancels.
 
     Args:
         samples: (R, ...).
@@ -135,9 +147,14 @@ def verdict(difference: float, low: float, high: float) -> str:
     return "no difference shown"
 
 
-def estimate(value: float, samples: Array) -> dict[str, Any]:
-    """A number with its 95 % interval, as "value" and "interval"; samples (R,)."""
-    return {"value": value, "interval": interval(samples)}
+def estimate(value: float, samples: Array | None) -> dict[str, Any]:
+    """A number with its 95 % interval, as "value" and "interval".
+
+    Args:
+        value: of the split itself.
+        samples: of its resamples, (R,); None for a number of which no interval is given.
+    """
+    return {"value": value, "interval": None if samples is None else interval(samples)}
 
 
 def paired_difference(

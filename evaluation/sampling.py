@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evaluation.arrays import Array
 from evaluation.fusion import Fusion, Sample
-from evaluation.image_maps import Split, checked_maps, outcomes, pixels_in_region, wrong_pixels
+from evaluation.image_maps import Split, checked_maps, pixels_in_region, wrong_pixels
 from evaluation.names import PREDICTIVE, REGIONS, SALIENCY
 
 
@@ -94,7 +94,7 @@ def drawn_pixels(images: Split, limit: int, seed: int) -> dict[str, list[DrawnPi
     drawn: dict[str, list[DrawnPixels]] = {region: [] for region in REGIONS}
     for identifier, maps in images:
         flat = checked_maps(identifier, maps)
-        outcome = outcomes(flat["predicted"], flat["true_mask"])
+        outcome = flat["outcome"]
         for region, entries in drawn.items():
             inside = pixels_in_region(outcome, region)
             index = draw_pixels(identifier, inside, limit, seed)

@@ -13,7 +13,16 @@ from evaluation.counting import Counters
 from evaluation.fusion import Fusion, Parameter
 from evaluation.image_ranking import confusion, mean_uncertainty_of_images, ranking_of_images
 from evaluation.measures import Key, ScoreTable, score_table, split_region
-from evaluation.names import HEADLINE, ISIC_THRESHOLD, PREDICTIVE, REFERENCE, REGIONS, SALIENCY, SCHEMA_VERSION
+from evaluation.names import (
+    CONDITIONS_ON_TRUTH,
+    HEADLINE,
+    ISIC_THRESHOLD,
+    PREDICTIVE,
+    REFERENCE,
+    REGIONS,
+    SALIENCY,
+    SCHEMA_VERSION,
+)
 from evaluation.overlap import overlap_of_outcomes
 from evaluation.ranking import equal_mass_error, risk_coverage
 from evaluation.recalibration import METHODS
@@ -83,7 +92,8 @@ def summarise(
     """Everything that ``metrics.json`` holds about calibration, from counters alone.
 
     An estimate is ``{"value": x, "interval": [low, high]}``, the interval being the 95 % percentile interval
-    of the image-level bootstrap. Differences are paired: both scores on the same resamples.
+    of the image-level bootstrap (None for measures that have none, see `measures.WITHOUT_INTERVAL`). Differences are
+    paired: both scores on the same resamples. What is "exploratory" decides nothing, whatever its intervals say.
 
     Args:
         validation, test: see :func:`protocol.count_splits`.
@@ -181,7 +191,7 @@ def _overlaps(counters: Counters, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def _region(region: str, test: Counters, table: ScoreTable) -> dict[str, Any]:
-    """All numbers of one region, and what its figures show."""
+    """All numbers of one region, and what its figures show; none of them is an endpoint, all are exploratory."""
     totals = test.total("count", "confidence")
     count, correct, confidence = region_bins(totals["count"], totals["confidence"], region)
     correct_histogram, wrong_histogram = split_region(test.pooled["fine"], region)
@@ -196,6 +206,8 @@ def _region(region: str, test: Counters, table: ScoreTable) -> dict[str, Any]:
             "risk": curves[index]["risk"],
         }
     return {
+        "exploratory": True,
+        "conditions_on_truth": CONDITIONS_ON_TRUTH[region],
         "pixels": pixels,
         "wrong_pixels": pixels - right,
         "accuracy": right / pixels if pixels else float("nan"),
@@ -206,16 +218,14 @@ def _region(region: str, test: Counters, table: ScoreTable) -> dict[str, Any]:
 
 
 def _measures(region: str, name: str, table: ScoreTable) -> dict[str, Any]:
-    """Every measure of a score in a region, raw and recalibrated, each with its difference from the reference."""
+    """Every measure of a score in a region, then its differences from the reference; the same after recalibration."""
     entry: dict[str, Any] = {}
-    for key in table.point:
-        where, kind, measure = key
-        if where != region:
-            continue
+    for kind in ("raw", *METHODS):
+        keys = [key for key in table.point if key[:2] == (region, kind)]
         place = entry if kind == "raw" else entry.setdefault("recalibrated", {}).setdefault(kind, {})
-        place[measure] = table.estimate(key, name)
+        place.update({key[2]: table.estimate(key, name) for key in keys})
         if name != REFERENCE:
-            place.setdefault(f"minus_{REFERENCE}", {})[measure] = table.difference(key, name, REFERENCE)
+            place[f"minus_{REFERENCE}"] = {key[2]: table.difference(key, name, REFERENCE) for key in keys}
     return entry
 
 

@@ -12,6 +12,7 @@ from evaluation.fusion import LAMBDAS, Fusion, best_lambda
 from evaluation.image_maps import Split
 from evaluation.names import PREDICTIVE, SALIENCY
 from evaluation.normalisation import distributions, min_max
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def tune(validation: Split, *, bins: int = 15, lambdas: tuple[float, ...] = LAMB
         The fusion and the counts behind its lambda; can be pickled.
 
     Raises:
+        UserError: the predictive variance is the same in every pixel. (A constant saliency variance counts as zero.)
         ValueError: bad values in a map (named), no image, no foreground pixel.
 
     Example:
@@ -49,6 +51,11 @@ def tune(validation: Split, *, bins: int = 15, lambdas: tuple[float, ...] = LAMB
         [1.0, 0.0]
     """
     found = distributions(validation)
+    if found[PREDICTIVE].flat:
+        raise UserError(
+            f"the predictive variance is {found[PREDICTIVE].low:g} in every validation pixel, so that it has no scale and says "
+            "nothing; look at the dropout of the model, and at its predictions"
+        )
     fusion = Fusion(min_max(found[PREDICTIVE]), min_max(found[SALIENCY]))
     curve = count_curve(validation, fusion, lambdas, bins)
     chosen = best_lambda(lambdas, lambda_errors(curve.total()))

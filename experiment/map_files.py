@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,24 @@ MAP_ARRAYS = {
     "fused_score": np.float32,
     "true_mask": np.uint8,
 }
+#: Arrays that a file holds where they were asked for; also (H, W).
+EXTRA_ARRAYS = {"flip_variance": np.float32}
 
 
 def write_maps(
-    path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str, fallbacks: int = 0, fusion: str | None = None
+    path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str, fallbacks: int = 0, fusion: str | None = None,
+    pass_dice: float = math.nan,
 ) -> None:
     """Save the maps of one image.
 
     Args:
         path: ``<id>.npz``.
-        maps: arrays (H, W) named as in ``MAP_ARRAYS``; "fused_score" may come later.
+        maps: arrays (H, W) named as in ``MAP_ARRAYS`` and ``EXTRA_ARRAYS``; "fused_score" may come later.
         empty_cams: how many Grad-CAM heatmaps were zero everywhere.
         identity: fingerprint of what made the maps.
         fallbacks: 1 where the maps overflowed in half precision and were made in fp32, else 0.
         fusion: fingerprint of the fusion that made "fused_score", where that is there.
+        pass_dice: mean pairwise Dice of the lesions that the passes predict; NaN, which is not written, where it is unknown.
     """
     arrays: dict[str, np.ndarray] = {
         **maps, "empty_cams": np.array(empty_cams, np.int64), "fallbacks": np.array(fallbacks, np.int64),
@@ -41,15 +46,19 @@ def write_maps(
     }
     if fusion is not None:
         arrays["fusion"] = np.array(fusion)
+    if not math.isnan(pass_dice):
+        arrays["pass_dice"] = np.array(pass_dice, np.float64)
     write_npz(path, arrays)
 
 
 def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
-    """Read and check the maps of one image: the arrays, "empty_cams", "fallbacks", "identity" and perhaps "fusion".
+    """Read and check the maps of one image: the arrays, "empty_cams", "fallbacks", "identity", "pass_dice", perhaps "fusion".
+
+    A file of an earlier version has no "pass_dice"; it is NaN then.
 
     Raises:
         UserError: the file is missing or broken, lacks an array of ``need``,
-            or holds NaN or a shape or type that does not belong there.
+            or holds NaN or a shape, type or value that does not belong there.
     """
     remedy = "delete it and run main.py again"
     try:
@@ -64,17 +73,24 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
         if name not in maps:
             raise UserError(f"{path} lacks {name}; {remedy}")
     shape = maps["mean_prediction"].shape if "mean_prediction" in maps else ()
-    for name, kind in MAP_ARRAYS.items():
+    for name, kind in {**MAP_ARRAYS, **EXTRA_ARRAYS}.items():
         if name in maps:
             values = maps[name]
             if values.dtype != kind or values.ndim != 2 or values.shape != shape or values.size == 0:
                 raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
             if not np.isfinite(values).all():
                 raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
-    for name, kinds, plain in (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str)):
+    numbers = (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str), ("pass_dice", "f", float))
+    for name, kinds, plain in numbers:
+        if name not in maps:  # only the last can be missing
+            continue
         if maps[name].ndim != 0 or maps[name].dtype.kind not in kinds:
             raise UserError(f"{path}: {name} is {maps[name].dtype} {maps[name].shape}; {remedy}")
         maps[name] = plain(maps[name])
+    if "pass_dice" not in maps:
+        maps["pass_dice"] = math.nan
+    elif not 0 <= maps["pass_dice"] <= 1:
+        raise UserError(f"{path}: pass_dice is {maps['pass_dice']}, outside 0 to 1; {remedy}")
     if "fusion" in maps:
         maps["fusion"] = str(maps["fusion"])
     return maps

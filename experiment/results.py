@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -35,14 +35,28 @@ NUMBERS = ("metrics.json", "report.html", "report.md", "per_image.csv", "calibra
 
 
 def results_folder(config: Config, source: Source) -> Path:
-    """The folder of a run: the one that was named, or that of the dataset."""
+    """The folder of a run or of several trainings: the one that was named, or that of the dataset."""
     quick = "-quick" if config.quick and not source.synthetic else ""
-    return Path(config.results or RESULTS / f"{source.name}{quick}")
+    several = "-trainings" if config.trainings > 1 else ""
+    return Path(config.results or RESULTS / f"{source.name}{quick}{several}")
+
+
+def kept_of_run(results: Path) -> str:
+    """What of an unfinished run the same command will use."""
+    log = results / "training_log.csv"
+    epochs = max(len(log.read_text().splitlines()) - 1, 0) if log.is_file() else 0
+    maps = len(list(results.glob("uncertainty_maps/*/*.npz")))
+    return f"{epochs} finished epochs, {maps} finished maps"
 
 
 @contextmanager
-def held(results: Path, group: ProcessGroup) -> Iterator[None]:
-    """Hold a results folder for this run; on a stop, say what in it is safe.
+def held(results: Path, group: ProcessGroup, kept: Callable[[Path], str] = kept_of_run) -> Iterator[None]:
+    """Hold a results folder for this command; on a stop, say what in it is safe.
+
+    Args:
+        results: the folder; made when absent.
+        group: its main process holds it.
+        kept: says what is safe.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
@@ -57,10 +71,7 @@ def held(results: Path, group: ProcessGroup) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            log = results / "training_log.csv"
-            epochs = max(len(log.read_text().splitlines()) - 1, 0) if log.is_file() else 0
-            maps = len(list(results.glob("uncertainty_maps/*/*.npz")))
-            complain(f"\nkept in {results}: {epochs} finished epochs, {maps} finished maps")
+            complain(f"\nkept in {results}: {kept(results)}")
             raise
 
 
@@ -143,6 +154,8 @@ def _earlier_environments(old: Mapping[str, Any], record: Mapping[str, Any]) -> 
 
 def _refuse_other_settings(results: Path, old: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     before = old.get("decides")
+    if "pooled" in old:
+        raise UserError(f"{results} holds several trainings; choose another --results folder for one")
     if not isinstance(before, dict):
         raise UserError(
             f"{results / 'config.json'} does not say what the run in {results} was; give --fresh to delete it and start over"

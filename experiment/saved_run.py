@@ -30,6 +30,24 @@ class SavedRun(NamedTuple):
     log: Sequence[Mapping[str, Any]]
 
 
+class PooledRun(NamedTuple):
+    """What several pooled trainings left together.
+
+    Attributes:
+        folder: the results folder of the whole; each training has its own.
+        metrics: its ``metrics.json``.
+        record: its ``config.json``.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    def trainings(self) -> list[Path]:
+        """The results folder of each training, in the order of the metrics."""
+        return [self.folder / entry["folder"] for entry in self.record["pooled"]]
+
+
 class Setting(NamedTuple):
     """A setting of a run beside the default."""
 
@@ -47,11 +65,50 @@ def load_run(folder: Path) -> SavedRun:
     Raises:
         UserError: a file is missing or broken; the line names it.
     """
+    return with_tables(Path(folder), read_sealed(Path(folder) / "metrics.json"))
+
+
+def with_tables(folder: Path, metrics: Mapping[str, Any]) -> SavedRun:
+    """The numbers of a run whose ``metrics.json`` may not be written yet.
+
+    Raises:
+        UserError: a file is missing or broken; the line names it.
+    """
+    record = read_record(folder)
+    return SavedRun(folder, metrics, record, read_table(folder / "per_image.csv"), read_table(folder / "training_log.csv"))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a run.
+
+    Raises:
+        UserError: it is missing or broken, or the folder holds several pooled trainings; the line names them.
+    """
+    record = read_json(folder / "config.json")
+    if "pooled" in record:
+        names = ", ".join(map(str, PooledRun(folder, {}, record).trainings()))
+        raise UserError(f"{folder} pools several trainings; choose one of them: {names}")
+    return record
+
+
+def is_pooled(folder: Path) -> bool:
+    """Whether a results folder is that of several pooled trainings.
+
+    Raises:
+        UserError: its ``config.json`` is damaged.
+    """
+    path = Path(folder) / "config.json"
+    return path.is_file() and "pooled" in read_json(path)
+
+
+def load_pooled(folder: Path) -> PooledRun:
+    """Read what several pooled trainings left together.
+
+    Raises:
+        UserError: a file is missing or broken; the line names it.
+    """
     folder = Path(folder)
-    return SavedRun(
-        folder, read_sealed(folder / "metrics.json"), read_json(folder / "config.json"),
-        read_table(folder / "per_image.csv"), read_table(folder / "training_log.csv"),
-    )
+    return PooledRun(folder, read_sealed(folder / "metrics.json"), read_json(folder / "config.json"))
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +132,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not a table of this program ({error}); run main.py again") from error
 
 
-def settings(run: SavedRun) -> list[Setting]:
+def settings(run: SavedRun | PooledRun) -> list[Setting]:
     """Every recorded setting that decides the numbers of a run, in the order of the configuration.
 
     The number of synthetic images is left out: it says nothing about a run on other images.

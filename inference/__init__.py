@@ -1,4 +1,4 @@
-"""The stochastic passes of the U-Net, made cheap: seeded dropout masks, and the algebra that shares what passes have in common.
+"""The stochastic passes, made cheap: seeded dropout masks, the algebra that shares what passes have in common, their moments.
 
-Exact, never approximate. Nothing in here knows a heatmap, a variance or a file; :mod:`uncertainty` does.
+Exact, never approximate. Nothing in here knows a heatmap or a file; :mod:`uncertainty` and :mod:`experiment` do.
 """

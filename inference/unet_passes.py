@@ -25,7 +25,8 @@ H W pixels of the image, h w pixels of a deeper map.
     has both: ``m relu(z) > 0`` exactly where ``m = 1`` and ``z > 0``. Parameters
     have no gradient, and the score is the sum of the logits, so the gradient at
     the last ReLU's output is the head's weight in every pixel: it is folded
-    into the transposed convolution that follows.
+    into the transposed convolution that follows. Where the score sums the
+    positive logits alone, it is so in their pixels and zero elsewhere.
 6.  *Sums instead of the last convolution.* With ``y[p] = sum_k W_k x[p + k]``
     the spatial sum of x's gradient is ``sum_k W_k^T sum_p g[p]``, p over the
     positions whose p + k lies inside: nine border-corrected sums of g and a
@@ -206,6 +207,7 @@ class UNetPasses:
         model: a :class:`UNet` that :func:`supports` accepts; it is only read.
         target: ``model.encoder4`` or ``model.bottleneck``.
         dtype: of the convolutions; sums over a map and everything returned are float32.
+        predicted_only: whether the score sums the positive logits alone, not all.
 
     Attributes:
         rates: dropout probability of each site; a dropout with p = 0 is no site.
@@ -219,13 +221,15 @@ class UNetPasses:
         (torch.Size([5, 16, 32]), torch.Size([5, 16]), [0.2, 0.2, 0.2, 0.2])
     """
 
-    def __init__(self, model: UNet, target: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: UNet, target: nn.Module, dtype: torch.dtype = torch.float32, predicted_only: bool = False
+    ) -> None:
         def cast(x: Tensor) -> Tensor:
             x = x.to(dtype)
             return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
         with torch.no_grad():
-            self.dtype, self.at_bottleneck = dtype, target is model.bottleneck
+            self.dtype, self.at_bottleneck, self.predicted_only = dtype, target is model.bottleneck, predicted_only
             self.width = model.head.in_channels
             encoders = (model.encoder1, model.encoder2, model.encoder3, model.encoder4, model.bottleneck)
             blocks = [block for encoder in encoders for block in encoder.modules() if isinstance(block, DoubleConv)]
@@ -300,7 +304,7 @@ class UNetPasses:
 
         Returns:
             Logits float32 (K * B, H, W), and the spatial means of the
-            gradient of each map's summed logits at the target: float32 (K * B, C).
+            gradient of each map's score at the target: float32 (K * B, C).
         """
         height, width = encoded.activations.shape[-2:]
         x = repeat(encoded.bottleneck, passes)
@@ -353,6 +357,8 @@ class UNetPasses:
         if level == 3:
             logits = F.conv2d(y.float(), self.head)[:, 0] + self.head_bias
             g = y.sign_()  # the mask of the last ReLU; the adjoint that follows has the head's weight in it
+            if self.predicted_only:
+                g *= (logits > 0)[:, None]
         else:
             site = self.sites[level + 1]
             if site is not None:

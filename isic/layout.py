@@ -98,7 +98,7 @@ def find_pairs(images: Path, masks: Path, skipped: list[SkippedPair] | None = No
 def skip(id: str, image: Path, error: UserError, skipped: list[SkippedPair] | None) -> None:
     """Put a pair that cannot be used on the list; without a list, raise what is wrong with it."""
     if skipped is None:
-        raise error
+        raise UserError(f"{error}, or give --skip-bad to leave out every broken pair", error.file) from error
     skipped.append(SkippedPair(id, str(error.file or image), str(error)))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, NamedTuple
 
-from experiment.saved_run import SavedRun, settings
+from experiment.saved_run import PooledRun, SavedRun, settings
 from reporting.document import Text
 from reporting.formats import count, is_number, spaced
 from reporting.quotes import Quotes
 from runtime.errors import printable
 
 FEW_IMAGES = 50
+FEW_TRAININGS = 10
 LOW_DICE = 0.7
 EXTREME = 2.0  # an image whose largest variance is this many times that of any other sets the scale alone
 
@@ -34,6 +35,11 @@ class Caveat(NamedTuple):
 
 
 # ---------------------------------------------------------------- conditions
+
+
+def _loud_warnings(run: SavedRun) -> Iterable[Mapping[str, str]]:
+    """For each warning that the run itself gave; ``$index``."""
+    return ({"index": str(index)} for index in range(len(run.metrics.get("warnings", ()))))
 
 
 def _where(condition: Callable[[Mapping[str, Any]], object]) -> Occasions:
@@ -71,7 +77,7 @@ def _pairs_left_out(run: SavedRun) -> Iterable[Mapping[str, str]]:
         yield {"number": str(len(skipped)), "reasons": printable(reasons)}
 
 
-def _changed_settings(run: SavedRun) -> Iterable[Mapping[str, str]]:
+def _changed_settings(run: SavedRun | PooledRun) -> Iterable[Mapping[str, str]]:
     """Once, where a setting is not the default; ``$settings``."""
     changed = [f"{spaced(name)} {value} (default: {default})" for name, value, default in settings(run) if value != default]
     if changed:
@@ -88,6 +94,7 @@ def _earlier_environments(run: SavedRun) -> Iterable[Mapping[str, str]]:
 # ---------------------------------------------------------------- the table
 
 CAVEATS = (
+    Caveat(_loud_warnings, "WARNING: {warnings.$index.text:text}"),
     Caveat(
         _where(lambda metrics: metrics["synthetic"]),
         "The images are synthetic lesions, drawn by the program. The verdict is about them, not about patients.",
@@ -151,3 +158,35 @@ def caveats(run: SavedRun) -> list[Text]:
     """What limits the numbers of a run, one sentence each, in the order of :data:`CAVEATS`; empty where nothing does."""
     quote = Quotes(run.metrics)
     return [quote.fill(caveat.template, **words) for caveat in CAVEATS for words in caveat.occasions(run)]
+
+
+# ---------------------------------------------------------------- several trainings
+
+
+def pooled_caveats(run: PooledRun) -> list[Text]:
+    """What limits the numbers of pooled trainings; what limits one of them stands in its own report."""
+    quote, pooled = Quotes(run.metrics), run.metrics["pooled"]
+    found: list[Text] = []
+    if run.metrics["synthetic"]:
+        found.append("The images are synthetic lesions, drawn by the program. The verdict is about them, not about patients.")
+    if run.metrics.get("data_note"):
+        found.append(quote.fill("About the images: {data_note:text}"))
+    for index in range(len(run.metrics.get("warnings", ()))):
+        found.append(quote.fill("WARNING: {warnings.$index.text:text}", index=str(index)))
+    if len(pooled) < FEW_TRAININGS:
+        found.append(quote.fill(
+            f"Only {{conclusion.trainings:count}} trainings, fewer than {FEW_TRAININGS}: the variance between them is "
+            "hardly known, and the intervals are wide for it."))
+    if run.metrics["test"]["images"] < FEW_IMAGES:
+        found.append(quote.fill("Only {test.images:count} test images: the intervals are rough."))
+    for index, entry in enumerate(pooled):
+        if is_number(entry["dice"]) and entry["dice"] < LOW_DICE:
+            found.append(quote.fill(
+                "Training {$path.name:text} segments badly (test Dice {$path.dice}): its uncertainty means little.",
+                path=f"pooled.{index}"))
+    for words in _changed_settings(run):
+        found.append(f"Settings other than the defaults: {words['settings']}.")
+    if len(run.record.get("environments", ())) > 1:
+        found.append("The trainings were made on different devices or with different versions; see the end of this report.")
+    found.append("Each training has warnings of its own, in its own report.")
+    return found

@@ -28,7 +28,7 @@ from runtime.errors import UserError
 SCORE_COLOURS = {"predictive_variance": "#0072B2", "saliency_variance": "#D55E00", "fused": "#007A5A"}
 SCORE_DASHES = {"predictive_variance": "solid", "saliency_variance": "dashed", "fused": "dashdot"}
 PART_LOOKS = {"validation": ("#0072B2", "o", "solid"), "test": ("#D55E00", "s", "dashed")}
-VERDICT_LOOKS = {"improves": ("#007A5A", "v"), "degrades": ("#D55E00", "^"), "no difference shown": ("0.35", "o")}
+STATUS_LOOKS = {"endpoint": ("#0072B2", "D"), "exploratory": ("0.35", "o")}
 LINEAR_DIFFERENCE = 0.02  # the forest plot is linear up to here, logarithmic beyond
 
 
@@ -233,7 +233,7 @@ class Difference(NamedTuple):
         label: the name of the score or rule.
         value: the difference.
         interval: its 95 % interval (low, high).
-        verdict: a key of ``VERDICT_LOOKS``.
+        status: "endpoint", or anything else for what is exploratory.
         path: where in the metrics it stands.
     """
 
@@ -241,7 +241,7 @@ class Difference(NamedTuple):
     label: str
     value: float | None
     interval: Sequence[float | None]
-    verdict: str
+    status: str
     path: str
 
 
@@ -253,7 +253,8 @@ def differences(metrics: Mapping[str, Any]) -> list[Difference]:
         if "minus_predictive_variance" in entry:
             name = SCORE_NAMES.get(score, score) + (f" (λ = {metrics['lambda']:g})" if score == "fused" else "")
             path = f"test.regions.foreground.scores.{score}.minus_predictive_variance.ece"
-            found.append(_difference("scores", name, entry["minus_predictive_variance"]["ece"], path))
+            status = "endpoint" if score == "fused" else "exploratory"
+            found.append(_difference("scores", name, entry["minus_predictive_variance"]["ece"], path, status))
     for index, rule in enumerate(metrics.get("study", {}).get("rules", ())):
         name = spaced(rule["rule"])
         if rule["rule"] == "convex":
@@ -265,8 +266,8 @@ def differences(metrics: Mapping[str, Any]) -> list[Difference]:
     return found
 
 
-def _difference(group: str, label: str, entry: Mapping[str, Any], path: str) -> Difference:
-    return Difference(group, label, entry["value"], entry["interval"], entry.get("verdict", ""), path)
+def _difference(group: str, label: str, entry: Mapping[str, Any], path: str, status: str = "exploratory") -> Difference:
+    return Difference(group, label, entry["value"], entry["interval"], status, path)
 
 
 def draw_forest(ax: Axes, rows: Sequence[Difference]) -> Axes:
@@ -279,7 +280,7 @@ def draw_forest(ax: Axes, rows: Sequence[Difference]) -> Axes:
             position += 0.5 if group is not None else 0.0
             ax.text(-0.02, position, row.group, transform=beside, ha="right", va="center", weight="bold")
             group, position = row.group, position + 1
-        colour, mark = VERDICT_LOOKS.get(row.verdict, VERDICT_LOOKS["no difference shown"])
+        colour, mark = STATUS_LOOKS.get(row.status, STATUS_LOOKS["exploratory"])
         text = MISSING
         if is_number(row.value):
             ax.plot([row.value], [position], marker=mark, color=colour, markersize=5, linestyle="none")
@@ -314,10 +315,10 @@ def forest_figure(run: SavedRun) -> Figure:
     ax = draw_forest(figure.subplots(), rows)
     figure.legend(
         handles=[
-            Line2D([], [], color=colour, marker=mark, markersize=5, linewidth=1.6, label=verdict)
-            for verdict, (colour, mark) in VERDICT_LOOKS.items()
+            Line2D([], [], color=colour, marker=mark, markersize=5, linewidth=1.6, label=status)
+            for status, (colour, mark) in STATUS_LOOKS.items()
         ],
-        loc="outside upper center", ncols=3, frameon=False,
+        loc="outside upper center", ncols=2, frameon=False,
     )
     ax.text(1.02, 1.0, "difference  (95 % interval)", transform=ax.transAxes, va="top", fontsize=8, color="0.3")
     return stamped(figure, run.metrics)

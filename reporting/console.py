@@ -1,22 +1,24 @@
-"""What a run prints at its end: the table of the three scores, the verdict, and the paths to open."""
+"""What a command prints at its end: the three scores, the endpoints, the verdict, and the paths to open."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from evaluation.names import HEADLINE
+from reporting.endpoints import EXPLORATORY
 from reporting.formats import MISSING, SYNTHETIC_NOTE, general, number, signed, signed_span, span
-from runtime.progress import current_console, duration
+from runtime.progress import complain, current_console, duration
 
-GREEN, ORANGE, BOLD, PLAIN = "\033[32m", "\033[33m", "\033[1m", "\033[0m"
-VERDICT_COLOURS = {"improves": GREEN, "degrades": ORANGE}
+BOLD, ALARM, PLAIN = "\033[1m", "\033[1;31m", "\033[0m"
 
 HEADER = ("score", "foreground ECE", "95 % interval", "minus predictive", "95 % interval", "")
+ENDPOINT_HEADER = ("endpoint", "region", "difference", "95 % interval", "margin", "outcome")
+HOLD_FIXED = "Intervals of these three hold the training, the scales and lambda fixed; those of the endpoints do not."
 #: What each score is, for the table; ``{}`` stands for lambda.
 LABELS = {
     "predictive_variance": "predictive variance alone (lambda = 1)",
@@ -40,23 +42,37 @@ def result_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
 
     Args:
         metrics: as in ``metrics.json``.
-        colour: adds the control codes of a terminal: a bold header, verdicts in colour.
+        colour: adds the control codes of a terminal: a bold header.
     """
-    rows = [HEADER, *(_row(metrics, score) for score in HEADLINE)]
+    return _aligned([HEADER, *(_row(metrics, score) for score in HEADLINE)], words=(0, 5), colour=colour)
+
+
+def endpoint_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
+    """What came out of each endpoint, aligned; arguments as of :func:`result_table`."""
+    rows = [
+        (entry["label"], entry["region"], signed(entry["value"]), signed_span(entry["interval"]), general(entry["margin"]),
+         entry["outcome"])
+        for entry in metrics["conclusion"]["endpoints"]
+    ]
+    return _aligned([ENDPOINT_HEADER, *rows], words=(0, 1, 5), colour=colour)
+
+
+def _aligned(rows: Sequence[Sequence[str]], words: Sequence[int], colour: bool) -> str:
+    """Rows as lines, the columns of words flush left and all others flush right; a bold first line, if in colour."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for name, *numbers, verdict in rows:
-        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:]))]
-        if colour and verdict in VERDICT_COLOURS:
-            verdict = f"{VERDICT_COLOURS[verdict]}{verdict}{PLAIN}"
-        lines.append("  ".join([*cells, verdict]).rstrip())
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place in words else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
     if colour:
         lines[0] = f"{BOLD}{lines[0]}{PLAIN}"
     return "\n".join(lines)
 
 
 def _row(metrics: Mapping[str, Any], score: str) -> tuple[str, ...]:
-    """Label, ECE, its interval, difference, its interval and verdict of a score, as texts."""
+    """Label, ECE, its interval, difference, its interval and what kind of number that is, as texts."""
     test = metrics["test"]
     label, error = LABELS[score].format(general(metrics["lambda"])), test["foreground_ece"][score]
     difference = test["foreground_ece_difference"].get(f"{score}_minus_predictive_variance")
@@ -65,17 +81,18 @@ def _row(metrics: Mapping[str, Any], score: str) -> tuple[str, ...]:
     own = label, number(error), span(test["foreground_ece_interval"][score])
     if difference is None:
         return (*own, "", "", "")
-    return (*own, signed(difference["value"]), signed_span(difference["interval"]), difference["verdict"])
+    kind = "endpoint" if score == "fused" else EXPLORATORY
+    return (*own, signed(difference["value"]), signed_span(difference["interval"]), kind)
 
 
 # ---------------------------------------------------------------- the end of a run
 
 
 def show_result(metrics: Mapping[str, Any], results: Path, source: str, seconds: float) -> None:
-    """Print the end of a run: segmentation, table, verdict, the synthetic warning, and the paths to open.
+    """Print the end of a run: segmentation, scores, endpoints, verdict, the synthetic warning, and the paths to open.
 
-    With JSON wanted, standard output receives the content of ``metrics.json`` and nothing else; the table
-    goes to standard error, unless the console is quiet.
+    With JSON wanted, standard output receives the content of ``metrics.json`` and nothing else; the tables
+    go to standard error, unless the console is quiet.
 
     Args:
         metrics: what ``metrics.json`` holds.
@@ -83,31 +100,58 @@ def show_result(metrics: Mapping[str, Any], results: Path, source: str, seconds:
         source: the name of the data.
         seconds: how long the run took.
     """
+    if not _answered(metrics):
+        test = metrics["test"]
+        print(
+            f"\nTest set of {source}: {test['images']} images, "
+            f"Dice {number(test['dice'])} ({span(test['dice_interval'])}), "
+            f"Jaccard {number(test['jaccard'])} ({span(test['jaccard_interval'])})\n"
+        )
+        print(f"{result_table(metrics, colours_wanted(sys.stdout))}\n{HOLD_FIXED}\n")
+        last = {name: str(results / path) for name, path in OUTPUTS.items()}
+        last["any case"] = f"python visualize.py --run {results}"
+        if "study" in metrics:
+            last["study"] = "every rule and normalisation: report.html, 'Beyond the paper's fusion'"
+        _conclude(metrics, last, seconds)
+
+
+def show_pooled(metrics: Mapping[str, Any], results: Path, seconds: float) -> None:
+    """Print what several trainings show together: each, the endpoints, the verdict, and the paths to open.
+
+    Args:
+        metrics: what ``metrics.json`` of the pool holds.
+        results: its folder.
+        seconds: how long the command took.
+    """
+    if not _answered(metrics):
+        pooled, test = metrics["pooled"], metrics["test"]
+        print(f"\n{len(pooled)} trainings, {test['images']} test images, mean Dice {number(test['dice'])}\n")
+        rows = [(entry["name"], number(entry["dice"]), general(entry["lambda"])) for entry in pooled]
+        print(_aligned([("training", "Dice", "lambda"), *rows], words=(0,), colour=colours_wanted(sys.stdout)) + "\n")
+        _conclude(metrics, {name: str(results / OUTPUTS[name]) for name in ("report", "figures", "metrics")}, seconds)
+
+
+def _answered(metrics: Mapping[str, Any]) -> bool:
+    """Whether the metrics went to standard output as JSON and no more is to be said."""
     settings = current_console()
     if settings.answer is not None:
         _print_json(metrics, settings.answer)
-        if settings.quiet:
-            return
+    return settings.answer is not None and settings.quiet
+
+
+def _conclude(metrics: Mapping[str, Any], last: Mapping[str, str], seconds: float) -> None:
+    """Print the endpoints, the verdict, what must be known about both, and the last lines, each with its name."""
     colour = colours_wanted(sys.stdout)
-    test, verdict = metrics["test"], metrics["verdict"]
-    print(
-        f"\nTest set of {source}: {test['images']} images, "
-        f"Dice {number(test['dice'])} ({span(test['dice_interval'])}), "
-        f"Jaccard {number(test['jaccard'])} ({span(test['jaccard_interval'])})\n"
-    )
-    print(result_table(metrics, colour))
-    print(f"\n{BOLD}{verdict}{PLAIN}" if colour else f"\n{verdict}")
+    print(f"{endpoint_table(metrics, colour)}\n")
+    print(f"{BOLD}{metrics['verdict']}{PLAIN}" if colour else metrics["verdict"])
+    for note in metrics["conclusion"]["notes"]:
+        print(note)
     if metrics["synthetic"]:
         print(f"{SYNTHETIC_NOTE}. The verdict describes made-up images.")
     if metrics.get("data_note"):
         print(f"Data: {metrics['data_note']}")
     print()
-    last = {name: str(results / path) for name, path in OUTPUTS.items()}
-    last["any case"] = f"python visualize.py --run {results}"
-    if "study" in metrics:
-        last["study"] = "every rule and normalisation: report.html, 'Beyond the paper's fusion'"
-    last["time"] = duration(seconds)
-    for name, text in last.items():
+    for name, text in {**last, "time": duration(seconds)}.items():
         print(f"{name:<12} {text}")
 
 
@@ -117,3 +161,10 @@ def _print_json(metrics: Mapping[str, Any], stream: TextIO) -> None:
         print(json.dumps(metrics, indent=2, allow_nan=False), file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python would complain again at its end
+
+
+def show_warnings(metrics: Mapping[str, Any]) -> None:
+    """Say every warning of a run, loudly, on standard error; a quiet console does not silence them."""
+    for warning in metrics["warnings"]:
+        line = f"WARNING: {warning['text']}"
+        complain(f"{ALARM}{line}{PLAIN}" if colours_wanted(sys.stderr) else line)

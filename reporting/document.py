@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple, Union
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -33,7 +34,24 @@ class Quoted(NamedTuple):
     text: str
 
 
-Piece = Union[str, Quoted]
+class Link(NamedTuple):
+    """A link to another file.
+
+    Attributes:
+        target: a path relative to the document, or an absolute one.
+        text: what is shown.
+    """
+
+    target: Path
+    text: str
+
+    @property
+    def address(self) -> str:
+        """The target as a browser and a Markdown viewer understand it."""
+        return self.target.as_uri() if self.target.is_absolute() else quote(self.target.as_posix())
+
+
+Piece = Union[str, Quoted, Link]
 Text = Union[Piece, Sequence[Piece]]
 
 
@@ -105,8 +123,8 @@ Block = Union[Heading, Paragraph, Bullets, Code, Table, Picture, Contents]
 
 
 def parts(text: Text) -> list[Piece]:
-    """The pieces of a text, strings and numbers."""
-    return [text] if isinstance(text, (str, Quoted)) else list(text)
+    """The pieces of a text, strings, numbers and links."""
+    return [text] if isinstance(text, (str, Quoted, Link)) else list(text)
 
 
 def plain(text: Text) -> str:
@@ -148,11 +166,15 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def _html_text(text: Text) -> str:
-    return "".join(
-        escape(piece) if isinstance(piece, str)
-        else f'<data value="{escape(str(piece.value))}" data-path="{escape(piece.path)}">{escape(piece.text)}</data>'
-        for piece in parts(text)
-    )
+    return "".join(map(_html_piece, parts(text)))
+
+
+def _html_piece(piece: Piece) -> str:
+    if isinstance(piece, str):
+        return escape(piece)
+    if isinstance(piece, Link):
+        return f'<a href="{escape(piece.address)}">{escape(piece.text)}</a>'
+    return f'<data value="{escape(str(piece.value))}" data-path="{escape(piece.path)}">{escape(piece.text)}</data>'
 
 
 def _attribute(name: str, value: str) -> str:
@@ -244,7 +266,16 @@ def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
 
 
 def _markdown_text(text: Text) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(plain(text).split()))
+    pieces = [
+        f"[{_markdown_plain(piece.text)}](<{piece.address}>)" if isinstance(piece, Link) else _markdown_plain(plain(piece))
+        for piece in parts(text)
+    ]
+    return "".join(pieces).strip()
+
+
+def _markdown_plain(text: str) -> str:
+    """Text on one line with everything escaped that Markdown would act on."""
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
 def _markdown_block(block: Block, folder: Path) -> str:

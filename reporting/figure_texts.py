@@ -53,9 +53,10 @@ FIGURE_TEXTS = {
         "Fused score: {test.foreground_ece_difference.fused_minus_predictive_variance.value:signed}, "
         "{test.foreground_ece_difference.fused_minus_predictive_variance.interval:signed_span}.",
         "How to read it: a mark is the foreground ECE of a score or fusion rule minus that of min-max normalised predictive "
-        "variance, the line its paired 95 % interval. Left of zero is better; an interval that holds zero shows no "
-        f"difference. The axis is linear within ±{LINEAR_DIFFERENCE:g} and logarithmic beyond. Where many rows are compared "
-        "at once, some intervals leave out zero by chance.",
+        "variance, the line its paired 95 % interval over test images; left of zero is better. These intervals hold the "
+        "training, the scales and λ fixed, and are too narrow for a conclusion: all rows but the endpoint (diamond) are "
+        "exploratory, and the endpoint has its verdict and its full interval in the first table. The axis is linear within "
+        f"±{LINEAR_DIFFERENCE:g} and logarithmic beyond.",
     ),
     "risk_coverage": FigureText(
         "Risk and coverage",
@@ -84,6 +85,16 @@ FIGURE_TEXTS = {
         "rises at its end says that the network was not trained to its limit.",
     ),
 }
+
+#: Of the figure of pooled trainings; ``$outcomes`` says what came out of each endpoint.
+ENDPOINTS_TEXT = FigureText(
+    "Endpoints by training and pooled",
+    "One panel per endpoint with the difference of every training and, below, the pooled difference. $outcomes.",
+    "How to read it: a circle is the difference that one training shows, the diamond their mean with its 95 % interval (thin) "
+    "and 90 % interval (thick). Better or worse: the 95 % interval leaves out the line at zero, and does so after Holm's "
+    "correction. Equivalent: the thick line stays within the grey margin. Circles that scatter widely say that the answer "
+    "depends on the seed. Each panel has its own scale.",
+)
 
 # ---------------------------------------------------------------- galleries
 

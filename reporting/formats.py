@@ -25,6 +25,14 @@ REGION_NAMES = {
     "predicted_foreground": "inside the predicted lesions",
     "union": "inside either",
     "whole_image": "whole images",
+    "predicted_background": "outside the predicted lesions",
+    "boundary_band": "along the predicted boundaries",
+}
+AGGREGATE_NAMES = {
+    "whole_image": "mean of the image",
+    "predicted_foreground": "mean of the predicted lesion",
+    "quantile95": "95 % quantile of the pixels",
+    "largest_patch": "largest mean of a patch",
 }
 
 

@@ -6,7 +6,9 @@ Written from saved numbers and figures alone. Every number that is quoted from `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from experiment.saved_run import SavedRun
 from reporting import sections
@@ -25,18 +27,29 @@ def write_report(run: SavedRun) -> list[Path]:
     Raises:
         UserError: the metrics lack something that belongs there (another version wrote them).
     """
+    return write_documents(run.folder, f"Calibration report: {run.folder.resolve().name}", lambda: report_blocks(run))
+
+
+def write_documents(folder: Path, title: str, content: Callable[[], Sequence[Block]]) -> list[Path]:
+    """Write ``report.html`` and ``report.md`` into a folder; returns both paths.
+
+    Args:
+        folder: of a run, or of several pooled trainings.
+        title: of the window.
+        content: makes the blocks from the metrics that lie in the folder.
+
+    Raises:
+        UserError: the metrics lack something that belongs there (another version wrote them).
+    """
     try:
-        blocks = report_blocks(run)
+        blocks = content()
     except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{run.folder / 'metrics.json'} lacks what the report quotes ({error}); run main.py again") from error
-    texts = {
-        "report.html": to_html(f"Calibration report: {run.folder.resolve().name}", blocks),
-        "report.md": to_markdown(blocks, run.folder),
-    }
+        raise UserError(f"{folder / 'metrics.json'} lacks what the report quotes ({error}); run main.py again") from error
+    texts = {"report.html": to_html(title, blocks), "report.md": to_markdown(blocks, folder)}
     for name, text in texts.items():
-        with atomic_write(run.folder / name) as stream:
+        with atomic_write(folder / name) as stream:
             stream.write(text.encode())
-    return [run.folder / name for name in texts]
+    return [folder / name for name in texts]
 
 
 def report_blocks(run: SavedRun) -> list[Block]:

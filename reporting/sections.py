@@ -8,12 +8,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
-from evaluation.names import HEADLINE, REFERENCE
+from evaluation.names import CONDITIONS_ON_TRUTH, HEADLINE, REFERENCE
 from experiment.saved_run import SavedRun, settings
 from reporting.caveats import NOTHING, caveats
 from reporting.document import Block, Bullets, Code, Contents, Heading, Paragraph, Picture, Table, Text, plain
+from reporting.endpoints import EXPLORATORY, conclusion_blocks
 from reporting.figure_texts import FIGURE_TEXTS, GALLERY_ALT, GALLERY_CAPTIONS, GALLERY_LEGEND
 from reporting.formats import (
+    AGGREGATE_NAMES,
     MISSING,
     REGION_NAMES,
     SCORE_NAMES,
@@ -21,6 +23,7 @@ from reporting.formats import (
     count,
     general,
     is_number,
+    number,
     percent,
     sentence_case,
     signed,
@@ -33,18 +36,27 @@ from reporting.quotes import Quotes
 from runtime.progress import duration
 
 MEASURES = {
+    "brier": "Brier score",
+    "brier_reliability": "its reliability: squared gaps of the bins",
+    "brier_resolution": "its resolution (higher is better)",
+    "log_loss": "log loss, nats",
     "ece": "expected calibration error (ECE)",
+    "ece_debiased": "the same, with less bias",
     "signed_gap": "signed gap: confidence minus accuracy",
     "mce": "largest gap of a bin",
     "ace": "mean gap of the bins",
-    "brier": "Brier score",
-    "log_loss": "log loss, nats",
     "auroc": "AUROC for errors (higher is better)",
     "auprc": "AUPRC for errors (higher is better)",
     "aurc": "area under risk and coverage",
     "excess_aurc": "the same, above the ideal ranking",
 }
 SIGNED_MEASURES = ("signed_gap",)
+RANKING_MEASURES = {
+    "spearman_with_dice": "Spearman with Dice",
+    "auroc_bad_dice": "AUROC for bad images",
+    "aurc": "AURC",
+    "augrc": "AUGRC",
+}
 OVERLAPS = {"dice": "Dice", "jaccard": "Jaccard", "thresholded_jaccard": "Jaccard, 0 where below 0.65"}
 
 
@@ -52,7 +64,7 @@ OVERLAPS = {"dice": "Dice", "jaccard": "Jaccard", "thresholded_jaccard": "Jaccar
 
 
 def answer(run: SavedRun, quote: Quotes) -> list[Block]:
-    """The verdict, the table it rests on, and the table of contents."""
+    """The verdict, the tables it rests on, and the table of contents."""
     blocks: list[Block] = [
         Heading(1, f"Fusing predictive and saliency variance: {run.folder.resolve().name}"),
         Paragraph(quote("verdict", str), "lead"),
@@ -64,15 +76,17 @@ def answer(run: SavedRun, quote: Quotes) -> list[Block]:
         blocks.append(Paragraph(quote.fill("Data: {data_note:text}"), "note"))
     return [
         *blocks,
+        *conclusion_blocks(quote),
         Table("Foreground calibration error on the test set; lower is better",
-              ("score", "λ", "ECE", "95 % interval", "minus predictive variance", "95 % interval", "verdict"),
+              ("score", "λ", "ECE", "95 % interval", "minus predictive variance", "95 % interval", ""),
               [_row_of_score(quote, score) for score in HEADLINE], words=(0, 6)),
+        Table("The same error after the confidences were recalibrated on validation; lower is better",
+              ("recalibration", "predictive variance", "fused score", "fused minus predictive (95 % interval)", ""),
+              [_row_of_recalibration(quote, method) for method in run.metrics["verdict_recalibrated"]], words=(0, 4)),
         Paragraph(quote.fill(
             "Pixels inside the true lesions of {test.images:count} test images. Intervals are percentiles of "
-            "{bootstrap.resamples:count} bootstrap resamples of whole images; differences are paired. No difference is "
-            "shown where the interval of the difference holds zero."), "note"),
-        Paragraph("The same question after the confidences were recalibrated on validation:"),
-        Bullets([quote(f"verdict_recalibrated.{method}", str) for method in run.metrics["verdict_recalibrated"]]),
+            "{bootstrap.resamples:count} bootstrap resamples of whole test images, paired for differences. They hold the "
+            "training, the scales and λ fixed; those of the endpoints above do not."), "note"),
         Table("Segmentation: mean over images, with 95 % interval", ("measure", "validation", "test"),
               [_row_of_overlap(quote, key) for key in OVERLAPS]),
         Contents(),
@@ -80,7 +94,7 @@ def answer(run: SavedRun, quote: Quotes) -> list[Block]:
 
 
 def _row_of_score(quote: Quotes, score: str) -> list[Text]:
-    """A row of the headline table: name, λ, ECE with interval, difference with interval and verdict."""
+    """A row of the headline table: name, λ, ECE with interval, difference with interval, and what kind of number that is."""
     error = quote(f"test.foreground_ece.{score}")
     weight: Text = {"predictive_variance": "1", "saliency_variance": "0"}.get(score) or quote("lambda", general)
     row: list[Text] = [SCORE_NAMES[score], weight, error]
@@ -90,7 +104,15 @@ def _row_of_score(quote: Quotes, score: str) -> list[Text]:
         return [*row, "reference", "", ""]
     if not is_number(quote.get(f"{path}.value")):
         return [*row, MISSING, "", ""]
-    return [*row, quote(f"{path}.value", signed), quote(f"{path}.interval", signed_span), quote(f"{path}.verdict", str)]
+    kind = "endpoint, see above" if score == "fused" else EXPLORATORY
+    return [*row, quote(f"{path}.value", signed), quote(f"{path}.interval", signed_span), kind]
+
+
+def _row_of_recalibration(quote: Quotes, method: str) -> list[Text]:
+    """Foreground ECE of predictive variance and of the fused score after a recalibration, and their difference."""
+    paths = [f"test.regions.foreground.scores.{score}.recalibrated.{method}" for score in (REFERENCE, "fused")]
+    difference = quote.estimate(f"{paths[1]}.minus_{REFERENCE}.ece", True)
+    return [method, *(quote(f"{path}.ece.value") for path in paths), difference, EXPLORATORY]
 
 
 def _row_of_overlap(quote: Quotes, key: str) -> list[Text]:
@@ -141,12 +163,15 @@ def _marked(run: SavedRun, alt: str) -> str:
 
 
 def all_measures(quote: Quotes) -> list[Block]:
-    """A table of every measure for each region."""
+    """A table of every measure for each region, and one of how the images are ranked."""
     blocks: list[Block] = [Heading(2, "All measures", "measures")]
     for region, words in REGION_NAMES.items():
+        if region not in quote.get("test.regions"):
+            continue
+        words += " (conditions on the truth)" if CONDITIONS_ON_TRUTH[region] else ""
         base = f"test.regions.{region}.scores"
         rows: list[Sequence[Text]] = [
-            [name, *(quote.estimate(f"{base}.{score}.{measure}", measure in SIGNED_MEASURES) for score in HEADLINE)]
+            [name, *(_measure(quote, f"{base}.{score}.{measure}", measure in SIGNED_MEASURES) for score in HEADLINE)]
             for measure, name in MEASURES.items() if measure in quote.get(f"{base}.fused")
         ]
         blocks += [
@@ -154,7 +179,47 @@ def all_measures(quote: Quotes) -> list[Block]:
             Table(f"Test set, {words}, with 95 % intervals; lower is better where nothing else is said",
                   ("measure", *(SCORE_NAMES[score] for score in HEADLINE)), rows),
         ]
-    return blocks
+    return [*blocks, *_rankings_of_images(quote)]
+
+
+def _measure(quote: Quotes, path: str, signed_value: bool) -> Text:
+    """A value with its interval; the value alone where it has none."""
+    if quote.get(path)["interval"] is None:
+        return quote(f"{path}.value", signed if signed_value else number)
+    return quote.estimate(path, signed_value)
+
+
+def _rankings_of_images(quote: Quotes) -> list[Block]:
+    """How every aggregate of every score ranks the images; nothing where the run did not ask."""
+    ranking = quote.get("test.ranking_of_images")
+    base = "test.ranking_of_images"
+    paths = [
+        (AGGREGATE_NAMES[aggregate], SCORE_NAMES[score], f"{base}.aggregates.{aggregate}.{score}")
+        for aggregate in ranking.get("aggregates", ()) for score in HEADLINE
+    ]
+    if "baselines" in ranking:
+        paths.append(("disagreement of the passes", "1 - mean pairwise Dice", f"{base}.baselines.pass_dice"))
+    if not paths:
+        return []
+    rows: list[Sequence[Text]] = []
+    for aggregate, score, path in paths:
+        row: list[Text] = [aggregate, score]
+        row += [quote.estimate(f"{path}.{measure}", measure == "spearman_with_dice") for measure in RANKING_MEASURES]
+        difference = f"{path}.minus_{REFERENCE}"
+        row.append(quote.estimate(f"{difference}.aurc", True) if f"minus_{REFERENCE}" in quote.get(path) else "reference")
+        rows.append(row)
+    return [
+        Heading(3, "Images ranked by their uncertainty"),
+        Paragraph(quote.fill(
+            "One number for each image, to find those that are segmented badly (Dice below {$base.bad_dice_below:general}: "
+            "{$base.bad_images:count} of {test.images:count}). AURC and AUGRC are areas under risk and coverage of images, the "
+            "risk being 1 - Dice: of the mean risk of the images kept, and of the sum of their risks as a share of all images. A "
+            "useful number has a negative correlation, a high AUROC and small areas.", base=base)),
+        Table("Test set, ranking of whole images, with 95 % intervals; the difference is from predictive variance under the "
+              "same aggregate (for the passes: its mean over the image)",
+              ("one number for an image", "score", *RANKING_MEASURES.values(), "AURC minus predictive variance"),
+              rows, words=(0, 1)),
+    ]
 
 
 def study(quote: Quotes) -> list[Block]:
@@ -165,9 +230,9 @@ def study(quote: Quotes) -> list[Block]:
         Heading(2, "Beyond the paper's fusion", "study"),
         Heading(3, "Normalisations and fusion rules"),
         Table("Foreground ECE on test of every normalisation and rule, fitted on validation; the difference is from "
-              "min-max normalised predictive variance",
-              ("normalisation", "rule", "ECE (95 % interval)", "difference (95 % interval)", "verdict"),
-              [_row_of_rule(quote, index) for index in range(len(quote.get("study.rules")))], words=(0, 1, 4)),
+              f"min-max normalised predictive variance; {EXPLORATORY}",
+              ("normalisation", "rule", "ECE (95 % interval)", "difference (95 % interval)"),
+              [_row_of_rule(quote, index) for index in range(len(quote.get("study.rules")))], words=(0, 1)),
         Heading(3, "What saliency variance adds"),
         Paragraph(
             "Models fitted on validation predict whether a pixel is wrong from the mean prediction and the predictive variance, "
@@ -182,15 +247,14 @@ def study(quote: Quotes) -> list[Block]:
 
 
 def _row_of_rule(quote: Quotes, index: int) -> list[Text]:
-    """A row of the table of rules: normalisation, rule, ECE, difference from the reference, verdict."""
+    """A row of the table of rules: normalisation, rule, ECE, difference from the reference."""
     path = f"study.rules.{index}"
     rule = quote.get(path)
     name = spaced(rule["rule"]) + (f" (λ = {general(rule['parameter'])})" if rule["rule"] == "convex" else "")
     row: list[Text] = [rule["normalisation"].replace("_", "-"), name, quote.estimate(f"{path}.foreground_ece")]
     if (rule["normalisation"], rule["rule"]) == ("min_max", "predictive"):
-        return [*row, "reference", ""]
-    difference = f"{path}.minus_predictive_variance"
-    return [*row, quote.estimate(difference, True), quote(f"{difference}.verdict", str)]
+        return [*row, "reference"]
+    return [*row, quote.estimate(f"{path}.minus_predictive_variance", True)]
 
 
 def _added_value(quote: Quotes, key: str, models: str) -> Table:
@@ -200,13 +264,10 @@ def _added_value(quote: Quotes, key: str, models: str) -> Table:
         for pair, label in (("with_minus_without", "unknown"), ("label_with_minus_label_without", "known")):
             path = f"study.{key}.{region}.difference.{pair}"
             row: list[Text] = [spaced(region), label]
-            for measure in ("log_loss", "auroc"):
-                row += [quote.estimate(f"{path}.{measure}", True), quote(f"{path}.{measure}.verdict", str)]
-            rows.append(row)
+            rows.append([*row, *(quote.estimate(f"{path}.{measure}", True) for measure in ("log_loss", "auroc"))])
     return Table(
-        f"{models}: with minus without saliency variance, test set",
-        ("region", "predicted label", "log loss (95 % interval)", "verdict", "AUROC (95 % interval)", "verdict"),
-        rows, words=(0, 1, 3, 5),
+        f"{models}: with minus without saliency variance, test set; {EXPLORATORY}",
+        ("region", "predicted label", "log loss (95 % interval)", "AUROC (95 % interval)"), rows, words=(0, 1),
     )
 
 

@@ -14,20 +14,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from runtime.errors import UserError
 
 UPSAMPLINGS = ("bilinear", "transposed")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+CAM_SCORES = ("all", "predicted")
 
 
-def _option(default: Any, text: str, group: str, kind: type = str, decides: str = "training", **limits: Any) -> Any:
-    """A dataclass field that is also a flag; ``limits`` may hold low, high, choices, above, below."""
+def _option(
+    default: Any, text: str, group: str, kind: Callable[[str], Any] = str, decides: str = "training", **limits: Any
+) -> Any:
+    """A dataclass field that is also a flag; ``limits`` may hold low, high, choices, above, below, and
+    action, nargs, metavar as argparse knows them."""
     return field(default=default, metadata={"help": text, "group": group, "type": kind, "decides": decides, **limits})
 
 
-def _setting(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
+def _setting(default: Any, text: str, group: str, kind: Callable[[str], Any] = str, **limits: Any) -> Any:
     """A field that decides neither weights nor maps."""
     return _option(default, text, group, kind, "nothing", **limits)
 
@@ -35,6 +39,17 @@ def _setting(default: Any, text: str, group: str, kind: type = str, **limits: An
 def _after(default: Any, text: str, group: str, kind: type = str, **limits: Any) -> Any:
     """A field that acts after training."""
     return _option(default, text, group, kind, "evaluation", **limits)
+
+
+def _margin(text: str) -> tuple[str, float]:
+    """Name and value of ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE, such as brier=0.001") from None
 
 
 @dataclass(frozen=True)
@@ -74,20 +89,27 @@ class Config:
     amp: str = _option("auto", "precision of training; auto: bf16 where it is native", "training", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = _option(False, "compile the network for training (torch.compile)", "training", bool)
     augment: str = _option("full", "augmentation of the training split; flips: with quarter turns", "training", choices=("full", "flips", "none"))
-    weights_from: str | None = _setting(None, "results folder of a finished run whose weights to take instead of training", "training")
+    weights_from: str | None = _setting(None, "results folder of a finished run, or of finished --trainings, whose weights to take instead of training", "training")
     workers: int = _setting(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
     passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)
     target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
     precision: str = _after("auto", "precision of the maps; auto: fp32", "uncertainty", choices=PRECISIONS)
     cam_scale: str = _after("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
+    cam_score: str = _after("all", "logits that the score of Grad-CAM sums: all, or those of the lesion that the pass predicts", "uncertainty", choices=CAM_SCORES)
+    flips: bool = _setting(False, "also save how the prediction varies over flips and quarter turns, and judge it as a detector of errors", "uncertainty", bool)
     threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
     bins: int = _after(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
     lambda_steps: int = _after(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
     resamples: int = _setting(10_000, "bootstrap resamples of the images", "calibration", int, low=100)
     study: bool = _setting(False, "also compare all fusion rules and normalisations, and ask what saliency adds", "calibration", bool)
+    margin: dict[str, float] | None = _setting(None, "equivalence margin of an endpoint of the conclusion, such as brier=0.001; may be repeated", "calibration", _margin, action="append", metavar="NAME=VALUE")
 
-    results: str | None = _setting(None, "folder for everything this run writes [results/<dataset>, or results/<dataset>-quick]", "run")
+    ensemble: bool = _setting(False, "also judge the ensemble of the pooled trainings, from their saved maps", "calibration", bool)
+
+    results: str | None = _setting(None, "folder for everything this run writes [results/<dataset>, with -quick, -trainings added]", "run")
+    trainings: int = _setting(1, "train seeds SEED, SEED+1, ..., each in RESULTS/seed-<seed>, and pool them", "run", int, low=1, high=1000)
+    pool: list[str] | None = _setting(None, "pool these finished runs, which differ in the seed alone, and train nothing", "run", nargs="+", metavar="RUN")
     seed: int = _option(42, "seed of training and of the dropout masks", "run", int, low=0, high=2**32 - 1)
     fresh: bool = _setting(False, "delete what another configuration left in the results folder and start over", "run", bool)
     quiet: bool = _setting(False, "no progress bars and no line per stage: only the result, warnings and errors", "run", bool)
@@ -109,6 +131,16 @@ class Config:
             raise UserError("give either --data or --images with --masks, not both")
         if self.download and (self.images is not None or self.data is not None):
             raise UserError("--download fetches into data/ISIC2018; leave --data, --images and --masks out")
+        if self.pool is not None and len(self.pool) < 2:
+            raise UserError(f"--pool pools at least two finished runs, not {self.pool[0] if self.pool else 'none'} alone")
+        if self.ensemble and self.pool is None and self.trainings < 2:
+            raise UserError("--ensemble combines trainings: give --trainings of at least 2, or --pool")
+        last, most = self.seed + self.trainings - 1, 2**32 - 1
+        if last > most:
+            raise UserError(f"--trainings {self.trainings} from --seed {self.seed} on would need seed {last}; the largest is {most}")
+        for name, value in (self.margin or {}).items():
+            if not 0 < value < math.inf:
+                raise UserError(f"--margin {name} must be a finite number greater than 0, not {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and their values, as written to ``config.json``."""
@@ -133,6 +165,8 @@ class Config:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["decides"] != "nothing"}
 
 
+#: The flags that say something where finished runs are pooled.
+POOL_FLAGS = ("pool", "results", "margin", "resamples", "ensemble", "quiet", "json")
 #: The fields that act after training: runs that differ in these alone can share weights.
 AFTER_TRAINING = tuple(item.name for item in fields(Config) if item.metadata["decides"] == "evaluation")
 
@@ -195,12 +229,18 @@ def parse_config(argv: Sequence[str] | None, description: str | None, preset: Ma
             extra = {"type": limits["type"], "metavar": limits["type"].__name__.upper()}
             if "choices" in limits:
                 extra["metavar"] = "{" + ",".join(limits["choices"]) + "}"
+            extra.update((key, limits[key]) for key in ("action", "nargs", "metavar") if key in limits)
             if item.default not in (None, -1):
                 text += f" [{item.default}]"
         groups[limits["group"]].add_argument(
             _flag_name(item.name), default=argparse.SUPPRESS, help=text, **extra
         )
     given = vars(parser.parse_args(argv))
+    if "margin" in given:
+        given["margin"] = dict(given["margin"])
+    idle = [_flag_name(name) for name in given if name not in POOL_FLAGS]
+    if "pool" in given and idle:
+        raise UserError(f"--pool reads finished runs and trains nothing; leave {', '.join(idle)} out")
     if preset is None:
         preset = QUICK if given.get("quick") else {}
     return Config(**{**preset, **given})

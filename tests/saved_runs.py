@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from concluded import conclusion_of
 from constructed_maps import make_images
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -60,7 +61,9 @@ def make_run(
         write_maps(run / "uncertainty_maps" / "test" / f"{id}.npz", arrays, 0, "identity")
         Image.new("RGB", (48, 48), SKIN).save(data / "images" / f"{id}.png")
         Image.fromarray(arrays["true_mask"] * 255).resize((48, 48)).save(data / "masks" / f"{id}.png")
-    metrics = {**result.metrics, "synthetic": synthetic, "data_note": data_note, "minutes": 1.5, "skipped": []}
+    conclusion = conclusion_of()
+    metrics = {**result.metrics, "synthetic": synthetic, "data_note": data_note, "minutes": 1.5, "skipped": [],
+               "conclusion": conclusion, "verdict": conclusion["sentence"]}
     write_json(run / "metrics.json", seal(metrics))
     write_csv(run / "per_image.csv", result.rows)
     epochs = [(1, 0.7, 0.6, 0.5), (2, 0.5, 0.55, 0.75), (3, 0.4, 0.56, 0.7)]

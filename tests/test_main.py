@@ -17,11 +17,14 @@ from conftest import TINY_FLAGS, command, process, write_pairs
 from PIL import Image
 
 import visualize
+from evaluation.conclusion import ENDPOINT_NAMES
 from evaluation.fusion import Fusion, Linear
 from experiment.map_files import MAP_ARRAYS
 from isic.layout import ISIC_IMAGES, ISIC_MASKS, find_pairs
 from isic.source import find_source
 from model import UNet
+from reporting import run_pictures
+from reporting.console import endpoint_table, result_table
 from runtime.checkpoints import load_model
 from runtime.config import parse_config
 from runtime.records import fingerprint
@@ -259,6 +262,145 @@ def test_other_names_and_modes_work(tmp_path):
     outcome = command("--images", "p", "--masks", "m", *TINY_FLAGS, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "results" / "p-quick" / "metrics.json").is_file()
+
+
+# ---------------------------------------------------------------- the conclusion, and several trainings
+
+
+def test_a_run_concludes_with_one_verdict(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    conclusion = metrics["conclusion"]
+    assert [entry["name"] for entry in conclusion["endpoints"]] == list(ENDPOINT_NAMES)
+    assert (conclusion["trainings"], conclusion["seeds"], conclusion["lambda"]) == (1, [42], [metrics["lambda"]])
+    assert conclusion["resamples"] == 200 and len(conclusion["notes"]) == 1
+    assert metrics["verdict"] == conclusion["sentence"] and set(metrics["verdict_recalibrated"])
+    error = metrics["test"]["foreground_ece"]
+    assert conclusion["endpoints"][0]["value"] == pytest.approx(error["fused"] - error["predictive_variance"], abs=1e-12)
+    record = json.loads((finished / "config.json").read_text())
+    assert metrics["config_identity"] == record["identity"] == fingerprint(record["decides"])
+    said = (finished.parent / "stdout.txt").read_text()
+    assert endpoint_table(metrics) in said and conclusion["notes"][0] in said
+    assert result_table(metrics) in said
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_folder_is_concluded_again_with_another_margin(copied, finished, tiny):
+    outcome = _run_again(copied, tiny, "--margin", "brier=0.25", "--margin", "foreground_ece=0.5")
+    assert outcome.returncode == 0, outcome.stderr
+    margins = {entry["name"]: entry["margin"] for entry in _numbers(copied)["conclusion"]["endpoints"]}
+    before = {entry["name"]: entry["margin"] for entry in _numbers(finished)["conclusion"]["endpoints"]}
+    assert margins == {**before, "brier": 0.25, "foreground_ece": 0.5}
+    used = json.loads((copied / "config.json").read_text())["configuration"]
+    assert used["margin"] == {"brier": 0.25, "foreground_ece": 0.5}
+    assert _numbers(copied)["identity"] == _numbers(finished)["identity"]
+
+
+SEVERAL = ("--seed", 42, "--trainings", 2)
+
+
+@pytest.fixture(scope="module")
+def trainings(tiny, finished, tmp_path_factory):
+    """Two tiny trainings by one command, without galleries, and what it printed."""
+    folder = tmp_path_factory.mktemp("trainings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_pictures, "draw_galleries", lambda run, read: [])
+        outcome = _several(folder / "both", tiny, finished)
+    assert outcome.returncode == 0, outcome.stderr
+    (folder / "stdout.txt").write_text(outcome.stdout)
+    return folder / "both"
+
+
+def _several(results: Path, tiny: Path, finished: Path, *flags: object):
+    where = ("--data", tiny, "--results", results, "--cache", finished.parent / "cache")
+    return command(*where, *TINY_FLAGS, *SEVERAL, *flags, cwd=results.parent)
+
+
+def test_each_of_several_trainings_is_an_ordinary_run(trainings, finished):
+    for seed in (42, 43):
+        for name in ("metrics.json", "calibration.npz", "report.html", "report.md", "weights/best_model.pth", "per_image.csv"):
+            assert (trainings / f"seed-{seed}" / name).is_file(), name
+    assert _numbers(trainings / "seed-42") == _numbers(finished)  # as if it had been run alone
+    assert _numbers(trainings / "seed-43")["identity"] != _numbers(finished)["identity"]
+    assert not [path for path in trainings.iterdir() if path.suffix == ".csv"]
+
+
+def test_the_pool_holds_both_and_one_conclusion(trainings):
+    metrics = json.loads((trainings / "metrics.json").read_text())
+    parts = [json.loads((trainings / f"seed-{seed}" / "metrics.json").read_text()) for seed in (42, 43)]
+    assert metrics["pooled"] == [
+        {"name": f"seed-{seed}", "seed": seed, "identity": part["identity"], "dice": part["test"]["dice"],
+         "lambda": part["lambda"]} for seed, part in zip((42, 43), parts)]
+    conclusion = metrics["conclusion"]
+    assert (conclusion["trainings"], conclusion["seeds"], conclusion["notes"]) == (2, [42, 43], [])
+    for row, *ones in zip(conclusion["endpoints"], *(part["conclusion"]["endpoints"] for part in parts)):
+        assert row["by_training"] == [one["value"] for one in ones], row["name"]
+    assert metrics["test"] == {"images": 5, "dice": pytest.approx(np.mean([part["test"]["dice"] for part in parts]))}
+    for name in ("report.html", "report.md", "figures/endpoints.png"):
+        assert (trainings / name).is_file()
+    said = (trainings.parent / "stdout.txt").read_text()
+    assert endpoint_table(metrics) in said and metrics["verdict"] in said
+    assert f"report       {trainings / 'report.html'}" in said and str(trainings / "seed-43" / "report.html") in said
+
+
+def test_the_same_command_again_uses_both_trainings(trainings, finished, tiny, tmp_path):
+    copy = shutil.copytree(trainings, tmp_path / "both")
+    stamps = {path: path.stat().st_mtime_ns for path in copy.rglob("seed-*/*") if path.is_file() and path.name != ".lock"}
+    before = (copy / "metrics.json").read_bytes()
+    outcome = _several(copy, tiny, finished)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.count("finished before, used again") == 2
+    assert (copy / "metrics.json").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_that_was_lost_is_resumed_and_the_pool_is_the_same(trainings, finished, tiny, tmp_path):
+    copy = shutil.copytree(trainings, tmp_path / "both")
+    for name in ("metrics.json", "calibration.npz", "uncertainty_maps/test"):
+        path = copy / "seed-43" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    outcome = _several(copy, tiny, finished, "--quiet", "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout) == json.loads((trainings / "metrics.json").read_text())
+
+
+def test_pooling_the_runs_gives_what_training_them_together_gave(trainings, tmp_path):
+    outcome = command("--pool", trainings / "seed-43", trainings / "seed-42", "--resamples", 200, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    pool = tmp_path / "results" / "pooled"
+    assert (pool / "metrics.json").read_bytes() == (trainings / "metrics.json").read_bytes()
+    assert str(trainings / "seed-42" / "report.html") in (pool / "report.html").read_text()
+    outcome = command("--pool", *trainings.glob("seed-*"), "--resamples", 200, "--margin", "brier=0.5", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads((pool / "metrics.json").read_text())["conclusion"]["endpoints"][1]["margin"] == 0.5
+    assert json.loads((pool / "config.json").read_text())["configuration"]["margin"] == {"brier": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pool", "{one}"), "--pool pools at least two finished runs"),
+        (("--pool", "{one}", "nowhere"), "nowhere holds no finished run (no metrics.json)"),
+        (("--pool", "{one}", "{one}"), "are both of seed 42; leave one out"),
+        (("--pool", "{both}", "{one}"), "is a pool itself; name the folders of its trainings"),
+        (("--pool", "{one}", "{two}", "--results", "{one}"), "holds a single run; choose another --results folder"),
+        (("--pool", "{one}", "{two}", "--margin", "x=1"), f"there are {', '.join(ENDPOINT_NAMES)}"),
+        (("--pool", "{one}", "{two}", "--passes", "3"), "leave --passes out"),
+        (("--margin", "x=1", "--data", "nowhere"), f"no endpoint x; there are {', '.join(ENDPOINT_NAMES)}"),
+    ],
+)
+def test_what_cannot_be_pooled_is_one_line(trainings, tmp_path, flags, message):
+    names = {"one": trainings / "seed-42", "two": trainings / "seed-43", "both": trainings}
+    before = (trainings / "seed-42" / "metrics.json").read_bytes()
+    _is_one_line(command(*(flag.format(**names) for flag in flags), cwd=tmp_path), message)
+    assert (trainings / "seed-42" / "metrics.json").read_bytes() == before
+
+
+def test_visualize_of_several_trainings_names_them_and_picks_one(trainings, tmp_path):
+    names = f"{trainings / 'seed-42'}, {trainings / 'seed-43'}"
+    _is_one_line(command("--run", trainings, script="visualize.py", cwd=tmp_path), f"choose one of them: {names}")
+    assert visualize.newest_run(trainings) == trainings / "seed-43"
+    assert visualize.newest_run(trainings.parent) == trainings / "seed-43"
 
 
 # ---------------------------------------------------------------- the error lines

@@ -108,3 +108,15 @@ def test_a_folder_in_use_is_one_line_from_all_processes(tiny, tmp_path):
     assert together.returncode != 0
     assert complaint.count("is in use by another run") == 1 and "broadcast" not in complaint
     assert "main.py\", line" not in complaint  # no traceback of ours; torchrun writes its own
+
+
+def test_several_trainings_are_run_by_all_processes_and_pooled_by_one(tiny, tmp_path):
+    flags = ("--data", tiny, "--cache", tmp_path / "cache", "--results", tmp_path / "both", *FLAGS, "--epochs", 1)
+    together = torchrun(2, *flags, "--trainings", 2, cwd=tmp_path)
+    said, err = together.communicate(timeout=300)
+    assert together.returncode == 0, err
+    metrics = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert [entry["seed"] for entry in metrics["pooled"]] == [42, 43]
+    assert said.count(metrics["verdict"]) == 1
+    for name in ("report.html", "seed-42/report.html", "seed-43/metrics.json"):
+        assert (tmp_path / "both" / name).is_file(), name

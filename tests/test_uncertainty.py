@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from constructed_networks import HEIGHT, MAPS, WIDTH, numpy_mask, pictures, relative_error, unet
 from torch import nn
 
+import inference.flips
+import inference.logits
 import inference.masks
+import inference.moments
 import inference.unet_passes
 import model as model_module
 import runtime.config
@@ -24,9 +28,7 @@ import uncertainty
 from inference.unet_passes import UNetPasses
 from model import UNet
 from uncertainty import (
-    Moments,
     active_dropout,
-    binary_entropy_of_logits,
     capture_activations,
     grad_cam,
     mc_dropout,
@@ -39,11 +41,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------- an independent reference
 
 
-def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed: int, ids: list[str]):
+def reference(
+    model: UNet, images: torch.Tensor, target: str, passes: int, seed: int, ids: list[str], cam_score: str = "all"
+):
     """The definition in float64, pass by pass, with autograd through the whole network.
 
-    Returns the maps, the empty heatmaps, and the margin: the smallest value
-    that any ReLU in front of which dropout acts had to decide by its sign,
+    Returns the maps, the empty heatmaps, the mean pairwise Dice of the passes, and the margin: the smallest value
+    that any ReLU in front of which dropout acts, or the predicted lesion, had to decide by its sign,
     relative to the root mean square of its map. The gradient jumps there, so
     float32 can be held to it only where its rounding decides no sign.
     """
@@ -83,7 +87,9 @@ def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed:
                 if name != "decoder1":
                     x = drop(x, block.dropout.p)
             logits = twin.head(x)
-            (gradient,) = torch.autograd.grad(logits.sum(), target_map)
+            margins.append((logits.abs().min() / logits.square().mean().sqrt()).item())
+            score = logits.sum() if cam_score == "all" else logits[logits > 0].sum()
+            (gradient,) = torch.autograd.grad(score, target_map)
             cam = F.relu((gradient.mean((2, 3), keepdim=True) * target_map).sum(1, keepdim=True))
             empty += int(cam.max() == 0)
             cam = cam / cam.max() if cam.max() > 0 else cam
@@ -92,28 +98,94 @@ def reference(model: UNet, images: torch.Tensor, target: str, passes: int, seed:
             probabilities.append(p)
             entropies.append(-(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)))
         p, cam = torch.stack(probabilities).detach(), torch.stack(heatmaps).detach()
+        lesions = [one > 0.5 for one in p]
+        shared = sum(2 * int((a & b).sum()) for a, b in combinations(lesions, 2))
+        size = sum(int(a.sum() + b.sum()) for a, b in combinations(lesions, 2))
         columns.append((
             p.mean(0), ((p - p.mean(0)) ** 2).mean(0), ((cam - cam.mean(0)) ** 2).mean(0),
             torch.stack(entropies).detach().mean(0), torch.tensor(empty),
+            torch.tensor(shared / size if size else 1.0, dtype=torch.float64),
         ))
     return [torch.stack(column) for column in zip(*columns)], min(margins)
 
 
+@pytest.mark.parametrize("cam_score", ["all", "predicted"])
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
 @pytest.mark.parametrize("target", ["encoder4", "bottleneck"])
-def test_fast_path_is_general_path_is_slow_float64_loop(upsampling, target):
+def test_fast_path_is_general_path_is_slow_float64_loop(upsampling, target, cam_score):
     model, images, ids = unet(upsampling), pictures(), ["0", "1"]
-    expected, margin = reference(model, images, target, 4, 42, ids)
+    expected, margin = reference(model, images, target, 4, 42, ids, cam_score)
     assert margin > 1e-6
     assert expected[1].max() > 1e-4 and expected[2].max() > 1e-3  # else the errors below say nothing
     for method in ("general", "fast"):
         maps = uncertainty_maps(
-            model, images, target_layer=getattr(model, target), passes=4, image_ids=ids, method=method
+            model, images, target_layer=getattr(model, target), passes=4, image_ids=ids, method=method, cam_score=cam_score
         )
         for name, value in zip(MAPS, expected):
             assert relative_error(getattr(maps, name), value) < 1e-5, (method, name)
         assert torch.equal(maps.empty_cams, expected[4])
         assert not maps.fallbacks.any()
+        assert torch.equal(maps.pass_dice, expected[5]) and (maps.pass_dice < 0.999).all()
+
+
+# ---------------------------------------------------------------- the score of the predicted lesion
+
+
+def shifted(model: UNet, images: torch.Tensor, passes: int, share: float) -> UNet:
+    """The model with the head's bias such that about a share of the passes of the first image predicts some lesion."""
+    with mc_dropout(model, 42) as source, torch.no_grad():
+        source.start("0", range(passes))
+        peaks = model(images[:1].expand(passes, -1, -1, -1)).amax((1, 2, 3)).sort().values
+    model.head.bias.data -= peaks[round((1 - share) * passes) - 1 : round((1 - share) * passes) + 1].mean()
+    return model
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+@pytest.mark.parametrize("target", ["encoder4", "bottleneck"])
+def test_a_pass_that_predicts_nothing_has_an_empty_heatmap(method, target):
+    model, images = shifted(unet(), pictures(), 8, 0.5), pictures()
+    expected, margin = reference(model, images, target, 8, 42, ["0", "1"], "predicted")
+    assert margin > 1e-7 and expected[4][0] >= 4  # half of the passes at least
+    maps = uncertainty_maps(
+        model, images, target_layer=getattr(model, target), passes=8, method=method, cam_score="predicted"
+    )
+    assert torch.equal(maps.empty_cams, expected[4]) and torch.equal(maps.pass_dice, expected[5])
+    assert relative_error(maps.saliency_variance[:1], expected[2][:1]) < 1e-5
+    model.head.bias.data -= 100  # nobody predicts a lesion: no heatmap, and all passes agree
+    maps = uncertainty_maps(
+        model, images, target_layer=getattr(model, target), passes=8, method=method, cam_score="predicted"
+    )
+    assert maps.empty_cams.tolist() == [8, 8] and not maps.saliency_variance.any() and maps.pass_dice.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+def test_where_all_is_lesion_both_scores_are_the_same_bits(method):
+    model = unet()
+    model.head.bias.data += 1000
+    options = {"target_layer": model.encoder4, "passes": 4, "method": method}
+    every, predicted = (uncertainty_maps(model, pictures(), cam_score=score, **options) for score in ("all", "predicted"))
+    assert all(torch.equal(a, b) for a, b in zip(every, predicted)) and every.saliency_variance.max() > 0
+
+
+@pytest.mark.parametrize("method", ["general", "fast"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_predicted_score_in_half_precision_stays_close(method, precision):
+    model, images = unet(), pictures()
+    options = {"target_layer": model.encoder4, "passes": 8, "cam_score": "predicted"}
+    exact = uncertainty_maps(model, images, **options)
+    half = uncertainty_maps(model, images, method=method, precision=precision, **options)
+    pairs = torch.stack([half.saliency_variance.flatten(), exact.saliency_variance.flatten()])
+    assert torch.corrcoef(pairs)[0, 1] > 0.9 and not half.fallbacks.any()
+
+
+def test_the_predicted_score_changes_the_saliency_alone():
+    model = unet()
+    every, predicted = (
+        uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=4, cam_score=score)
+        for score in ("all", "predicted")
+    )
+    for name in every._fields:
+        assert torch.equal(getattr(every, name), getattr(predicted, name)) == (name not in ("saliency_variance",)), name
 
 
 # ---------------------------------------------------------------- invariances
@@ -192,30 +264,7 @@ def test_one_pass_has_no_variance(method):
     maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=1, method=method)
     assert not maps.pred_variance.any() and not maps.saliency_variance.any()
     assert ((maps.mean_prediction > 0) & (maps.mean_prediction < 1)).all()
-
-
-def test_variance_of_a_constant_is_zero_and_never_negative():
-    generator = torch.Generator().manual_seed(0)
-    constant, noisy = Moments(), Moments()
-    value = torch.rand(1000, generator=generator)
-    for _ in range(30):
-        constant.update(value[None])
-        noisy.update(1 - 1e-7 * torch.rand(1, 1000, generator=generator))
-    assert not constant.variance().any() and torch.equal(constant.mean, value)
-    assert (noisy.variance() >= 0).all()
-
-
-def test_moments_are_numpys_in_any_chunks():
-    values = torch.randn(17, 5, 4, generator=torch.Generator().manual_seed(0))
-    results = []
-    for sizes in ([17], [1] * 17, [5, 12]):
-        moments = Moments()
-        for block in values.split(sizes):
-            moments.update(block)
-        results.append((moments.mean, moments.variance()))
-    np.testing.assert_allclose(results[0][1], values.double().numpy().var(0), rtol=1e-5)
-    np.testing.assert_allclose(results[0][0], values.double().numpy().mean(0), rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(m, results[0][0]) and torch.equal(v, results[0][1]) for m, v in results)
+    assert maps.pass_dice.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("method", ["general", "fast"])
@@ -277,14 +326,6 @@ def test_capturing_cuts_the_graph_and_leaves_no_hook():
         a(2 * x)
         assert len(captured) == 1 and torch.equal(captured[0], a(2 * x).detach())  # the newest alone
     assert x.grad is None and a.weight.grad is None and not a._forward_hooks
-
-
-def test_entropy_is_that_of_the_probabilities():
-    z = torch.tensor([-30.0, -1.0, 0.0, 0.5, 30.0], dtype=torch.float64)
-    p = torch.sigmoid(z)
-    expected = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
-    torch.testing.assert_close(binary_entropy_of_logits(z), expected, rtol=1e-6, atol=1e-14)
-    assert binary_entropy_of_logits(torch.tensor([-1e4, 0.0, 1e4])).tolist() == [0.0, pytest.approx(math.log(2)), 0.0]
 
 
 # ---------------------------------------------------------------- against pytorch-grad-cam
@@ -399,6 +440,7 @@ def test_no_active_dropout_is_an_error(model):
 @pytest.mark.parametrize("options,message", [
     ({"passes": 0}, "passes must be"), ({"image_ids": ["a"]}, "2 images but 1 ids"),
     ({"method": "quick"}, "method must be"), ({"precision": "fp8"}, "precision must be"),
+    ({"cam_score": "lesion"}, "cam_score must be"),
 ])
 def test_arguments_out_of_range(options, message):
     model = unet()
@@ -495,9 +537,12 @@ def test_another_librarys_network_works():
 
 def test_the_command_line_offers_the_same_precisions():
     assert uncertainty.PRECISIONS == runtime.config.PRECISIONS
+    assert uncertainty.CAM_SCORES == runtime.config.CAM_SCORES
 
 
-@pytest.mark.parametrize("module", [uncertainty, inference.masks, inference.unet_passes, model_module])
+@pytest.mark.parametrize("module", [
+    uncertainty, inference.flips, inference.logits, inference.masks, inference.moments, inference.unet_passes, model_module,
+])
 def test_the_examples_in_the_docstrings_hold(module):
     failed, attempted = doctest.testmod(module)
     assert failed == 0 and attempted > 0

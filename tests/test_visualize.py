@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +15,8 @@ from experiment.saved_run import load_run
 from reporting import run_pictures
 from reporting.charts import RUN_FIGURES
 from reporting.galleries import RULES, choose
+from runtime.errors import UserError
+from visualize import newest_run
 
 
 def test_summary_draws_everything_without_weights(saved):
@@ -73,6 +76,19 @@ def test_flags_that_do_not_go_together_are_one_line(saved, tmp_path, flags, mess
     assert outcome.returncode == 2
     assert message in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_the_newest_run_is_a_single_one(tmp_path):
+    with pytest.raises(UserError, match="there is no finished run in"):
+        newest_run(tmp_path)
+    for place, name in enumerate(("old", "several/seed-2", "several/seed-1", "several", "pooled")):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "config.json").write_text('{"pooled": []}' if name in ("several", "pooled") else "{}")
+        (tmp_path / name / "metrics.json").write_text("{}")
+        os.utime(tmp_path / name / "metrics.json", (place, place))
+    assert newest_run(tmp_path) == newest_run(tmp_path / "several") == tmp_path / "several" / "seed-1"
+    with pytest.raises(UserError, match="there is no finished run in"):
+        newest_run(tmp_path / "pooled")
 
 
 def test_a_training_image_is_called_one(finished, tmp_path):

@@ -38,6 +38,8 @@ from runtime.records import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "docs" / "study" / "STUDY.template.md"
+#: The regions that the committed runs were measured in.
+REGIONS = ("foreground", "predicted_foreground", "union", "whole_image")
 SEEDS = ("seed-42", "seed-43", "seed-44")
 SMALL = "dropout-0.2"  # what the other small runs are compared with
 ABLATIONS = {
@@ -169,7 +171,7 @@ def _seed(name: str) -> str:
 
 def _scores_of_regions() -> Iterator[tuple[str, str, str]]:
     """The region in words, the score, and the path of its numbers."""
-    for region, words in REGION_NAMES.items():
+    for region, words in ((region, REGION_NAMES[region]) for region in REGIONS):
         for score in SCORES:
             yield words, score, f"test.regions.{region}.scores.{score}"
 
@@ -251,7 +253,7 @@ def rules(runs: Runs) -> Table:
 
 def _added_value(runs: Runs, key: str, words: str) -> Table:
     quote, rows = Quotes(runs[SEEDS[0]]), []
-    for region, place in REGION_NAMES.items():
+    for region, place in ((region, REGION_NAMES[region]) for region in REGIONS):
         for kind, known in (("", "unknown"), ("label_", "known")):
             models = f"study.{key}.{region}.models"
             pair = f"study.{key}.{region}.difference.{kind}with_minus_{kind}without"

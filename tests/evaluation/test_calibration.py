@@ -14,8 +14,10 @@ from evaluation import calibration
 from evaluation.calibration import (
     average_calibration_error,
     bin_index,
+    brier_parts,
     confidence_sum,
     count_confidence,
+    debiased_calibration_error,
     expected_calibration_error,
     foreground_error,
     maximum_calibration_error,
@@ -23,6 +25,7 @@ from evaluation.calibration import (
     reliability,
     signed_gap,
 )
+from evaluation.names import REGIONS
 
 
 def table(uncertainty, correct, bins=15):
@@ -162,13 +165,25 @@ def test_bad_values_are_errors(bad, message):
 
 
 def test_regions_add_up_their_outcomes():
-    count = np.array([[1], [10], [100], [1000]])
+    # one decimal place for each outcome, so that a sum says what was added
+    count = 10 ** np.arange(8)[:, None]
     expected = {
-        "foreground": (1100, 1000),
-        "predicted_foreground": (1010, 1000),
-        "union": (1110, 1000),
-        "whole_image": (1111, 1001),
+        "foreground": (11001100, 10001000),
+        "predicted_foreground": (10101010, 10001000),
+        "union": (11101110, 10001000),
+        "whole_image": (11111111, 10011001),
+        "predicted_background": (1010101, 10001),
+        "boundary_band": (11110000, 10010000),
     }
+    assert set(expected) == set(REGIONS)
+    for region, numbers in expected.items():
+        pixels, right, _ = region_bins(count, count.astype(float), region)
+        assert (pixels.item(), right.item()) == numbers
+
+
+def test_regions_of_four_outcomes_do_not_ask_where_the_band_is():
+    count = 10 ** np.arange(4)[:, None]
+    expected = {"foreground": (1100, 1000), "predicted_background": (101, 1), "boundary_band": (1111, 1001)}
     for region, numbers in expected.items():
         pixels, right, _ = region_bins(count, count.astype(float), region)
         assert (pixels.item(), right.item()) == numbers
@@ -211,3 +226,82 @@ def test_foreground_error_takes_wrong_and_correct_pixels_apart():
     count = np.array([[[3, 0], [1, 4]], [[0, 0], [0, 0]]])
     found = foreground_error(count, np.array([[[1.5, 0.0], [0.5, 3.0]], [[0.0, 0.0], [0.0, 0.0]]]))
     assert found[0] == (4 * abs(0.25 - 0.5) + 4 * abs(1 - 0.75)) / 8 and isnan(found[1])
+
+
+# ---------------------------------------------------------------- the Brier score and its parts
+
+
+def test_the_parts_of_the_brier_score_are_those_of_a_loop_over_bins():
+    rng = np.random.default_rng(7)
+    uncertainty = (rng.random(20_000) ** 3).astype(np.float32)
+    correct = rng.random(20_000) > 0.6 * uncertainty + 0.1
+    found = brier_parts(*table(uncertainty, correct))
+    confidence = (np.float32(1) - uncertainty).astype(np.float64)
+    reliability = resolution = inside_bins = 0.0
+    for b in range(15):
+        here = (confidence > (b / 15 if b else -1)) & (confidence <= (b + 1) / 15)
+        if here.any():
+            reliability += here.mean() * (confidence[here].mean() - correct[here].mean()) ** 2
+            resolution += here.mean() * (correct[here].mean() - correct.mean()) ** 2
+            inside_bins += here.mean() * (confidence[here].var() - 2 * np.cov(confidence[here], correct[here], bias=True)[0, 1])
+    uncertainty_part = correct.mean() * (1 - correct.mean())
+    assert found == pytest.approx((reliability, resolution, uncertainty_part), rel=1e-9)
+    brier = np.mean((confidence - correct) ** 2)
+    assert brier == pytest.approx(reliability - resolution + uncertainty_part + inside_bins, rel=1e-9) and inside_bins != 0
+
+
+def test_the_brier_score_is_its_parts_where_a_bin_holds_one_confidence():
+    count, correct, centre = np.array([4, 0, 6, 10]), np.array([1, 0, 5, 10]), np.array([0.2, 0.4, 0.6, 0.9])
+    reliability, resolution, uncertainty = brier_parts(count, correct, count * centre)
+    brier = (correct * (1 - centre) ** 2 + (count - correct) * centre**2).sum() / 20
+    assert brier == pytest.approx(reliability - resolution + uncertainty, rel=1e-12)
+
+
+# ---------------------------------------------------------------- the debiased error
+
+
+def test_the_jackknife_is_that_of_a_loop_over_images():
+    rng = np.random.default_rng(5)
+    count = rng.integers(0, 9, (6, 2, 15))
+    count[2] = 0  # an image without a pixel in the region
+    correct = rng.binomial(count, 0.6)
+    confidence = count * np.linspace(0.1, 0.9, 15)
+    found = debiased_calibration_error(count, correct, confidence)
+    for score in range(2):
+        bins = [part[:, score] for part in (count, correct, confidence)]
+        errors = [expected_calibration_error(*(np.delete(part, [2, i], 0).sum(0) for part in bins)) for i in (0, 1, 3, 4, 5)]
+        whole = expected_calibration_error(*(part.sum(0) for part in bins))
+        assert found[score] == pytest.approx(max(5 * whole - 4 * np.mean(errors), 0.0), abs=1e-12)
+
+
+def simulated_errors(gap, repetitions=300, images=100):
+    """Means of plug-in and debiased ECE over simulated splits whose accuracy is the confidence minus a gap, and the truth."""
+    rng = np.random.default_rng(11)
+    centre = (np.arange(15) + 0.5) / 15
+
+    def split(number):
+        count = rng.multinomial(300, np.exp(2 * centre) / np.exp(2 * centre).sum(), size=number)
+        quality = rng.normal(0, 0.08, (number, 1)) * np.minimum(1, 4 * centre * (1 - centre))
+        return count, rng.binomial(count, np.clip(centre - gap + quality, 0, 1)), count * centre
+
+    errors = []
+    for _ in range(repetitions):
+        bins = split(images)
+        errors.append((expected_calibration_error(*(part.sum(0) for part in bins)), debiased_calibration_error(*bins)))
+    return *np.mean(errors, 0), expected_calibration_error(*(part.sum(0) for part in split(100_000)))
+
+
+def test_the_debiased_error_is_nearly_unbiased_where_the_gap_is_as_large_as_its_noise():
+    plain, debiased, truth = simulated_errors(0.012)
+    assert plain - truth > 0.0015 and abs(debiased - truth) < 0.3 * (plain - truth)
+
+
+def test_the_debiased_error_has_half_the_bias_where_calibration_is_perfect():
+    plain, debiased, truth = simulated_errors(0.0)
+    assert truth < 0.001 and plain > 0.007  # all that the plug-in shows is bias
+    assert debiased - truth < 0.65 * (plain - truth)
+
+
+def test_one_image_has_no_debiased_error():
+    count = np.array([[3, 1], [0, 0]])
+    assert np.isnan(debiased_calibration_error(count, count, 0.5 * count))

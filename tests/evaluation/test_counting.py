@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from constructed_maps import Images, make_images
+from slow_regions import slow_outcome
 
-from evaluation.counting import Counters, Rows, count_curve, count_scores, merge
+from evaluation.counting import Counters, Rows, count_curve, count_scores, merge, split_exactly
 from evaluation.fusion import Fusion, lambda_grid
+from evaluation.joint import with_partners
 from evaluation.normalisation import Linear
 from evaluation.protocol import validation_edges
 from evaluation.scores import uncertainty_scores
@@ -36,10 +38,9 @@ def everything(images, fused, name):
     scores, outcome = [], []
     for _, maps in images:
         scores.append(uncertainty_scores(maps, fused)[name].flatten().numpy())
-        predicted = maps["mean_prediction"].numpy() > 0.5
-        outcome.append((2 * maps["true_mask"].numpy() + predicted).flatten())
+        outcome.append(slow_outcome(maps))
     scores, outcome = np.concatenate(scores), np.concatenate(outcome)
-    return scores, outcome, (outcome == 0) | (outcome == 3)
+    return scores, outcome, np.isin(outcome % 4, (0, 3))
 
 
 def test_counts_agree_with_loops_over_bins(split):
@@ -50,11 +51,11 @@ def test_counts_agree_with_loops_over_bins(split):
         for b in range(15):
             low = -1 if b == 0 else b / 15
             inside = (confidence > low) & (confidence <= (b + 1) / 15)
-            for code in range(4):
+            for code in range(8):
                 chosen = inside & (outcome == code)
                 assert counters.images["count"][:, index, code, b].sum() == chosen.sum()
                 assert counters.images["confidence"][:, index, code, b].sum() == confidence[chosen].sum()
-        for code in range(4):
+        for code in range(8):
             truth = np.where(correct, confidence, 1 - confidence)[outcome == code]
             squared = counters.images["squared_error"][:, index, code].sum()
             loss = counters.images["log_loss"][:, index, code].sum()
@@ -62,19 +63,25 @@ def test_counts_agree_with_loops_over_bins(split):
             assert loss == pytest.approx(-np.log(np.maximum(truth, 2.0**-24)).sum(), rel=1e-6)
 
 
+def foreground(counters, name, score):
+    """Wrong and correct pixels of the foreground by image and bin, or their confidence, (I, 2, B)."""
+    values = counters.images[name][:, score]
+    return values[:, 2:4] + values[:, 6:8]
+
+
 def test_curve_ends_are_the_two_variances(split):
     _, _, counters = split
     for name, position in (("predictive_variance", -1), ("saliency_variance", 0)):
         index = counters.scores.index(name)
-        assert np.array_equal(counters.images["lambda_count"][:, position], counters.images["count"][:, index, 2:])
-        confidence = counters.images["confidence"][:, index, 2:]
+        assert np.array_equal(counters.images["lambda_count"][:, position], foreground(counters, "count", index))
+        confidence = foreground(counters, "confidence", index)
         assert np.array_equal(counters.images["lambda_confidence"][:, position], confidence)
 
 
 def test_the_curve_at_the_tuned_lambda_is_the_fused_score(split):
     _, fused, counters = split
     index, position = counters.scores.index("fused"), GRID.index(fused.parameter)
-    assert np.array_equal(counters.images["lambda_count"][:, position], counters.images["count"][:, index, 2:])
+    assert np.array_equal(counters.images["lambda_count"][:, position], foreground(counters, "count", index))
 
 
 def test_curve_alone_is_the_curve_of_the_full_count(split):
@@ -94,19 +101,21 @@ def test_histograms_hold_every_pixel(split):
 
 def test_shards_merge_to_the_same_counters_in_any_order(split):
     images, fused, counters = split
-    shards = [Images(images.items[start::3]) for start in (2, 0, 1)]
+    items = with_partners(images)
+    shards = [Images(items[start::3]) for start in (2, 0, 1)]
     assert same(merge(count_scores(shard, fused, GRID, edges=counters.edges) for shard in shards), counters)
 
 
 def test_an_interrupted_count_is_continued_from_its_file(split):
     images, fused, counters = split
-    done = count_scores(Images(images.items[:4]), fused, GRID, edges=counters.edges)
+    items = with_partners(images)
+    done = count_scores(Images(items[:4]), fused, GRID, edges=counters.edges)
     file = io.BytesIO()
     np.savez_compressed(file, **done.to_arrays())
     file.seek(0)
     with np.load(file, allow_pickle=False) as arrays:
         done = Counters.from_arrays(arrays)
-    rest = Images([item for item in images if item[0] not in done.ids])
+    rest = Images([item for item in items if item[0] not in done.ids])
     assert same(merge([done, count_scores(rest, fused, GRID, edges=counters.edges)]), counters)
 
 
@@ -207,7 +216,7 @@ def test_a_curve_counted_before_completes_the_counters(split):
 def test_quantile_bins_of_other_scores_are_an_error(split):
     images, fused, counters = split
     fewer = Images([(name, {key: value for key, value in maps.items() if key != "expected_entropy"}) for name, maps in images])
-    with pytest.raises(ValueError, match="image_0000: expected_entropy has to be present in both splits"):
+    with pytest.raises(ValueError, match="image_0001: expected_entropy has to be present in both splits"):
         count_scores(fewer, fused, GRID, edges=counters.edges)
 
 
@@ -219,3 +228,16 @@ def test_rows_of_more_images_than_a_block_come_back_in_the_order_of_their_ids():
     assert found.ids == tuple(f"{number:04d}" for number in range(2 * Rows.BLOCK + 3))
     assert found.images["number"].tolist() == [[number, -number] for number in range(2 * Rows.BLOCK + 3)]
     assert found.total()["number"].tolist() == [sum(range(2 * Rows.BLOCK + 3)), -sum(range(2 * Rows.BLOCK + 3))]
+
+
+def test_losses_inside_and_outside_the_band_add_up_without_rounding(split):
+    _, _, counters = split
+    rng = np.random.default_rng(1)
+    whole = np.concatenate([[0.0, 1e-300, 3.5], rng.random(500) * 10.0 ** rng.integers(-12, 9, 500)])[None]
+    for part in (whole * rng.random(whole.shape), whole, np.zeros_like(whole), whole * (1 + 2e-16)):
+        found = split_exactly(whole, part)
+        outside, inside = found[:, : whole.shape[1]], found[:, whole.shape[1] :]
+        assert np.array_equal(outside + inside, whole) and (found >= 0).all()
+        assert inside == pytest.approx(part, rel=1e-15, abs=1e-15 * whole.max())
+    for name in ("squared_error", "log_loss"):
+        assert counters.images[name].shape == (6, len(counters.scores), 8) and (counters.images[name] >= 0).all()

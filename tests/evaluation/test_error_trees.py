@@ -6,18 +6,11 @@ import torch
 from constructed_maps import constructed_images, label_copies, make_images
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import log_loss, roc_auc_score
+from slow_regions import slow_regions
 
 from evaluation.error_trees import INPUTS, added_value_of_trees, count_error_trees
 from evaluation.names import REGIONS
 from evaluation.ranking import auroc
-
-
-def truth_and_error(maps):
-    truth = maps["true_mask"].numpy().ravel() > 0
-    predicted = maps["mean_prediction"].numpy().ravel() > 0.5
-    inside = {"foreground": truth, "predicted_foreground": predicted, "union": truth | predicted,
-              "whole_image": np.ones_like(truth)}
-    return inside, truth != predicted
 
 
 def test_numbers_are_those_of_scikit_learn_on_all_pixels():
@@ -27,7 +20,7 @@ def test_numbers_are_those_of_scikit_learn_on_all_pixels():
     def table(images, region):
         parts = []
         for _, maps in images:
-            inside, wrong = truth_and_error(maps)
+            inside, wrong = slow_regions(maps)
             columns = [maps[name].numpy().ravel() for name in ("mean_prediction", "pred_variance", "saliency_variance")]
             parts.append(np.stack([*columns, wrong], 1)[inside[region]])
         return np.concatenate(parts)
@@ -52,7 +45,7 @@ def test_a_drawn_pixel_counts_for_those_it_was_drawn_from():
     test = make_images(3, seed=5)
     names, arrays, _ = count_error_trees(make_images(3, seed=4), test, read_on=40)
     for row, (_, maps) in enumerate(test):
-        inside, _ = truth_and_error(maps)
+        inside, _ = slow_regions(maps)
         for region in REGIONS:
             column = names.index(f"{region}/with")
             assert arrays["model_pixels"][row, column].sum() == pytest.approx(inside[region].sum())

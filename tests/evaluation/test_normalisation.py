@@ -39,6 +39,14 @@ def test_constants_come_from_all_validation_pixels():
         everything = torch.cat([maps[name].flatten() for _, maps in images])
         assert (found[name].low, found[name].high) == (float(everything.min()), float(everything.max()))
         assert found[name].histogram.sum() == len(everything)
+        assert not found[name].flat
+
+
+def test_one_value_everywhere_is_flat():
+    images = make_images(2)
+    for _, maps in images:
+        maps[SALIENCY].fill_(0.25)
+    assert distributions(images)[SALIENCY].flat and not distributions(images)[PREDICTIVE].flat
 
 
 def test_robust_quantiles():

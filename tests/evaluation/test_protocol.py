@@ -15,6 +15,7 @@ from slow_errors import slow_foreground_error
 from evaluation import fusion
 from evaluation.counting import Counters, count_scores, merge
 from evaluation.fusion import lambda_grid
+from evaluation.joint import with_partners
 from evaluation.protocol import count_splits, evaluate, tune, validation_edges
 from evaluation.summary import per_image, summarise
 
@@ -128,10 +129,11 @@ def test_processes_count_together_what_one_counts_alone(splits):
     validation, test = splits
     tuned = tune(validation)
     # three processes, the last of which has no test image
+    first, second = with_partners(validation), with_partners(test)
     shares = [
-        (Images(validation.items[0::3]), Images(test.items[0::2])),
-        (Images(validation.items[1::3]), Images(test.items[1::2])),
-        (Images(validation.items[2::3]), Images([])),
+        (Images(first[0::3]), Images(second[0::2])),
+        (Images(first[1::3]), Images(second[1::2])),
+        (Images(first[2::3]), Images([])),
     ]
     alone = count_splits(tuned, validation, test)
     for counted in Group(3).count(tuned, shares):

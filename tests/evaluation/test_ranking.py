@@ -20,6 +20,7 @@ from evaluation.ranking import (
     equal_mass_error,
     excess_aurc,
     histogram_bin,
+    ideal_aurc,
     pool_bins,
     quantile_edges,
     risk_coverage,
@@ -103,6 +104,7 @@ def test_nothing_to_rank_is_not_a_number():
     assert isnan(aurc(nothing, nothing)) and isnan(excess_aurc(nothing, nothing))
     assert isnan(equal_mass_error(np.zeros(HISTOGRAM_BINS), np.zeros(HISTOGRAM_BINS)))
     assert aurc(some, nothing) == 0 and excess_aurc(some, nothing) == 0
+    assert isnan(ideal_aurc(nothing, nothing)) and ideal_aurc(some, nothing) == 0
 
 
 @settings(max_examples=300, deadline=None)

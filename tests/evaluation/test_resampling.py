@@ -5,7 +5,7 @@ from math import nan
 import numpy as np
 import pytest
 
-from evaluation.calibration import expected_calibration_error
+from evaluation.calibration import brier_parts, expected_calibration_error
 from evaluation.resampling import HIGHER_IS_BETTER, bootstrap, bootstrap_weights, estimate, interval, paired_difference, verdict
 
 
@@ -60,21 +60,23 @@ def images_of_two_scores(rng, images):
     return {name: np.stack([part[index] for part in parts], 1) for index, name in enumerate(("n", "r", "c"))}
 
 
-def two_errors_and_their_difference(summed):
-    error = expected_calibration_error(summed["n"], summed["r"], summed["c"])
-    return {"errors": np.concatenate([error, error[..., 1:] - error[..., :1]], -1)}
+def errors_and_their_differences(summed):
+    """ECE, reliability and resolution of the first score, and the difference of the second from it in each."""
+    bins = summed["n"], summed["r"], summed["c"]
+    found = np.stack([expected_calibration_error(*bins), *brier_parts(*bins)[:2]], -1)
+    return {"errors": np.concatenate([found[..., 0, :], found[..., 1, :] - found[..., 0, :]], -1)}
 
 
 def test_intervals_cover_the_truth_in_95_percent_of_repetitions():
     rng = np.random.default_rng(11)
     population = images_of_two_scores(rng, 200_000)
-    truth = two_errors_and_their_difference({name: value.sum(0) for name, value in population.items()})["errors"]
-    covered = np.zeros(3)
+    truth = errors_and_their_differences({name: value.sum(0) for name, value in population.items()})["errors"]
+    covered = np.zeros(6)
     for repetition in range(2000):  # the share itself then has a standard error of half a point
         sample = images_of_two_scores(rng, 150)
-        low, high = interval(bootstrap(sample, two_errors_and_their_difference, 400, repetition)["errors"])
+        low, high = interval(bootstrap(sample, errors_and_their_differences, 400, repetition)["errors"])
         covered += (low <= truth) & (truth <= high)
-    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
+    assert covered / 2000 == pytest.approx(0.95, abs=0.025)
 
 
 def test_verdict_needs_an_interval_on_one_side_of_zero():
@@ -117,3 +119,7 @@ def test_a_paired_difference_of_nothing_shows_nothing():
 def test_no_image_cannot_be_resampled():
     with pytest.raises(ValueError, match="no images"):
         next(bootstrap_weights(0))
+
+
+def test_a_number_without_resamples_has_no_interval():
+    assert estimate(0.25, None) == {"value": 0.25, "interval": None}

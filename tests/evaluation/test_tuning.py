@@ -10,6 +10,7 @@ from slow_errors import slow_foreground_error
 from evaluation.counting import count_curve
 from evaluation.fusion import lambda_grid
 from evaluation.tuning import lambda_errors, tune
+from runtime.errors import UserError
 
 
 def test_lambda_has_the_lowest_error_by_the_formulas():
@@ -40,6 +41,24 @@ def test_what_was_tuned_travels_between_processes():
     again = pickle.loads(pickle.dumps(tuned))
     assert (again.fusion, again.bins, again.lambdas) == (tuned.fusion, tuned.bins, tuned.lambdas)
     assert np.array_equal(again.curve.images["lambda_count"], tuned.curve.images["lambda_count"])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.125])
+def test_a_predictive_variance_without_a_range_is_an_error(value):
+    images = make_images(3)
+    for _, maps in images:
+        maps["pred_variance"].fill_(value)
+    with pytest.raises(UserError, match=f"the predictive variance is {value:g} in every validation pixel"):
+        tune(images)
+
+
+def test_a_constant_saliency_variance_counts_as_zero():
+    images = make_images(3)
+    for _, maps in images:
+        maps["saliency_variance"].fill_(0.125)
+    fusion = tune(images).fusion
+    assert (fusion.saliency.low, fusion.saliency.high) == (0.125, 0.125)
+    assert not fusion.saliency(images.items[0][1]["saliency_variance"]).any()
 
 
 def test_nothing_to_tune_on_is_an_error():

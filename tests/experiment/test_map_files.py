@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import pytest
 
-from experiment.map_files import MAP_ARRAYS, read_maps, write_maps
+from experiment.map_files import EXTRA_ARRAYS, MAP_ARRAYS, read_maps, write_maps
 from runtime.errors import UserError
 
 
@@ -26,11 +27,14 @@ def test_maps_round_trip_without_pickle(tmp_path):
 
 def test_the_numbers_beside_the_maps_come_back_as_plain_ones(tmp_path):
     values = {name: np.arange(24).reshape(4, 6).astype(kind) for name, kind in MAP_ARRAYS.items()}
-    write_maps(tmp_path / "x.npz", values, 3, "abc", fallbacks=1, fusion="f")
+    write_maps(tmp_path / "x.npz", values, 3, "abc", fallbacks=1, fusion="f", pass_dice=1 / 3)
     maps = read_maps(tmp_path / "x.npz")
     assert {name: maps[name] for name in maps if name not in MAP_ARRAYS} == {
-        "empty_cams": 3, "fallbacks": 1, "identity": "abc", "fusion": "f"}
-    assert [type(maps[name]) for name in ("empty_cams", "fallbacks", "identity", "fusion")] == [int, int, str, str]
+        "empty_cams": 3, "fallbacks": 1, "identity": "abc", "fusion": "f", "pass_dice": 1 / 3}
+    names = ("empty_cams", "fallbacks", "identity", "fusion", "pass_dice")
+    assert [type(maps[name]) for name in names] == [int, int, str, str, float]
+    with np.load(tmp_path / "x.npz") as content:
+        assert content["pass_dice"].dtype == np.float64
     for name, expected in values.items():
         assert maps[name].dtype == MAP_ARRAYS[name]
         np.testing.assert_array_equal(maps[name], expected)
@@ -42,6 +46,33 @@ def test_the_fused_score_may_come_later(tmp_path):
     assert "fused_score" not in read_maps(tmp_path / "x.npz", maps)
     with pytest.raises(UserError, match="x.npz lacks fused_score; delete it and run main.py again"):
         read_maps(tmp_path / "x.npz")
+
+
+def test_a_file_of_an_earlier_version_has_no_pass_dice(tmp_path):
+    write_maps(tmp_path / "x.npz", some_maps(), 0, "")
+    assert math.isnan(read_maps(tmp_path / "x.npz")["pass_dice"])
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, np.inf, np.nan])
+def test_a_pass_dice_outside_its_range_is_named(tmp_path, value):
+    arrays = {"empty_cams": np.array(0), "fallbacks": np.array(0), "identity": np.array("a"), "pass_dice": np.array(value)}
+    np.savez(tmp_path / "x.npz", **some_maps(), **arrays)
+    with pytest.raises(UserError, match="x.npz: pass_dice is .*, outside 0 to 1; delete it"):
+        read_maps(tmp_path / "x.npz")
+
+
+def test_the_variance_over_flips_is_there_where_it_was_written_and_checked(tmp_path):
+    flips = {name: np.full((4, 6), 0.5, kind) for name, kind in EXTRA_ARRAYS.items()}
+    write_maps(tmp_path / "x.npz", {**some_maps(), **flips}, 0, "")
+    np.testing.assert_array_equal(read_maps(tmp_path / "x.npz")["flip_variance"], flips["flip_variance"])
+    write_maps(tmp_path / "x.npz", some_maps(), 0, "")
+    assert "flip_variance" not in read_maps(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="x.npz lacks flip_variance"):
+        read_maps(tmp_path / "x.npz", (*MAP_ARRAYS, "flip_variance"))
+    for bad in (np.ones((4, 6)), np.full((4, 6), np.nan, np.float32)):
+        write_maps(tmp_path / "x.npz", {**some_maps(), "flip_variance": bad}, 0, "")
+        with pytest.raises(UserError, match="x.npz: flip_variance"):
+            read_maps(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(
@@ -62,10 +93,13 @@ def test_maps_that_are_wrong_are_named(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("empty_cams", np.ones(2, int)), ("identity", np.array(3)), ("fallbacks", np.array(0.5))]
+    ("name", "value"), [
+        ("empty_cams", np.ones(2, int)), ("identity", np.array(3)), ("fallbacks", np.array(0.5)), ("pass_dice", np.array(1)),
+    ],
 )
 def test_numbers_of_another_kind_are_named(tmp_path, name, value):
-    arrays = {"empty_cams": np.array(0), "fallbacks": np.array(0), "identity": np.array("a"), name: value}
+    arrays = {"empty_cams": np.array(0), "fallbacks": np.array(0), "identity": np.array("a"), "pass_dice": np.array(0.5)}
+    arrays[name] = value
     np.savez(tmp_path / "x.npz", **some_maps(), **arrays)
     with pytest.raises(UserError, match=f"x.npz: {name} is {value.dtype}"):
         read_maps(tmp_path / "x.npz")

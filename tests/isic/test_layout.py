@@ -112,7 +112,8 @@ def test_pairs_that_cannot_be_used_go_on_the_list_or_stop(tmp_path):
     error = UserError("broken", tmp_path / "m.png")
     with pytest.raises(UserError) as caught:
         skip("a", tmp_path / "a.png", error, None)
-    assert caught.value is error
+    assert str(caught.value) == "broken, or give --skip-bad to leave out every broken pair"
+    assert caught.value.file == error.file
     for failure, file in ((error, "m.png"), (UserError("broken"), "a.png")):  # without a file to blame it is the image
         skip("a", tmp_path / "a.png", failure, skipped)
         assert skipped[-1] == SkippedPair("a", str(tmp_path / file), "broken")

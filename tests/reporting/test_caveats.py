@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from concluded import make_pooled
 from saved_runs import Page, changed
 
 from experiment.saved_run import load_run
-from reporting.caveats import CAVEATS, NOTHING, caveats
+from reporting.caveats import CAVEATS, NOTHING, caveats, pooled_caveats
 from reporting.document import plain
 from reporting.formats import SYNTHETIC_NOTE
 from reporting.report import write_report
@@ -135,3 +136,33 @@ def test_the_numbers_keep_their_paths(clean):
 
 def test_every_caveat_is_a_sentence():
     assert all(caveat.template.endswith((".", ":text}")) for caveat in CAVEATS)
+
+
+# ---------------------------------------------------------------- several trainings
+
+
+def test_what_limits_pooled_trainings(tmp_path):
+    run = make_pooled(tmp_path)
+    assert [plain(text) for text in pooled_caveats(run)] == [
+        "The images are synthetic lesions, drawn by the program. The verdict is about them, not about patients.",
+        "About the images: tiny discs",
+        "Only 3 trainings, fewer than 10: the variance between them is hardly known, and the intervals are wide for it.",
+        "Settings other than the defaults: image size 32 (default: 256).",
+        "Each training has warnings of its own, in its own report.",
+    ]
+
+
+def test_ten_trainings_on_many_images_have_few_limits(tmp_path):
+    run = make_pooled(tmp_path, range(42, 52), synthetic=False, data_note=None)
+    record = {**run.record, "configuration": Config().to_dict()}
+    assert [plain(text) for text in pooled_caveats(run._replace(record=record))] == [
+        "Each training has warnings of its own, in its own report."]
+    pooled = [{**entry, "dice": dice} for entry, dice in zip(run.metrics["pooled"], (0.5, None, *[0.8] * 8))]
+    metrics = {**run.metrics, "pooled": pooled, "test": {"images": 49, "dice": 0.7}}
+    record["environments"] = [{"device": "cpu"}, {"device": "cuda:0"}]
+    said = [plain(text) for text in pooled_caveats(run._replace(metrics=metrics, record=record))]
+    assert said[:-1] == [
+        "Only 49 test images: the intervals are rough.",
+        "Training seed-42 segments badly (test Dice 0.5000): its uncertainty means little.",
+        "The trainings were made on different devices or with different versions; see the end of this report.",
+    ]

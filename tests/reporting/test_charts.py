@@ -103,6 +103,8 @@ def test_dice_against_uncertainty_has_one_point_per_image(run):
 def test_the_forest_plot_has_every_score_and_rule_around_zero(run):
     rows = charts.differences(run.metrics)
     assert len(rows) == 5 + len(run.metrics["study"]["rules"]) - 1  # without the reference itself
+    assert [row.path.split(".")[-3] for row in rows if row.status == "endpoint"] == ["fused"]
+    assert {row.status for row in rows} == {"endpoint", "exploratory"}
     _, ax = axes()
     charts.draw_forest(ax, rows[:2])
     marks = [line.get_xdata()[0] for line in ax.lines[1:] if len(line.get_xdata()) == 1]
@@ -112,6 +114,7 @@ def test_the_forest_plot_has_every_score_and_rule_around_zero(run):
     without = {key: value for key, value in run.metrics.items() if key != "study"}
     assert len(charts.differences(without)) == 5
     said = texts(charts.forest_figure(run))
+    assert "exploratory" in said and not {"improves", "degrades"} & set(said.split())
     for row in rows:
         assert f"{signed(row.value)}  ({signed_span(row.interval)})" in said
 
@@ -119,9 +122,9 @@ def test_the_forest_plot_has_every_score_and_rule_around_zero(run):
 def test_rows_of_the_forest_plot_stand_below_their_group_and_say_what_is_missing():
     _, ax = axes()
     charts.draw_forest(ax, [
-        charts.Difference("scores", "a", 0.25, [0.125, 0.5], "degrades", ""),
-        charts.Difference("scores", "b", None, [None, None], "", ""),
-        charts.Difference("rules", "c", -0.125, [None, None], "", ""),
+        charts.Difference("scores", "a", 0.25, [0.125, 0.5], "endpoint", ""),
+        charts.Difference("scores", "b", None, [None, None], "exploratory", ""),
+        charts.Difference("rules", "c", -0.125, [None, None], "whatever", ""),
     ])
     # the group stands at 0, its rows at 1 and 2; after half a row of space the next group at 3.5, its row at 4.5
     assert ax.get_yticks().tolist() == [1, 2, 4.5]
@@ -130,6 +133,7 @@ def test_rows_of_the_forest_plot_stand_below_their_group_and_say_what_is_missing
         "scores", "+0.2500  (+0.1250 to +0.5000)", MISSING, "rules", "-0.1250"]
     drawn = [line.get_xdata() for line in ax.lines[1:]]
     assert [list(values) for values in drawn] == [[0.25], [0.125, 0.5], [-0.125]]
+    assert (ax.lines[1].get_marker(), ax.lines[3].get_marker()) == ("D", "o")  # the endpoint; what is exploratory
     assert ax.get_xlim() == pytest.approx((-0.575, 0.575))  # 1.15 times the farthest bound
 
 

@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from concluded import conclusion_of, make_pooled
 from conftest import TINY_FLAGS, command
 from saved_runs import Page, changed, make_run
 
@@ -52,14 +53,28 @@ def test_the_table_to_the_letter():
     table = """\
 score                                   foreground ECE     95 % interval  minus predictive       95 % interval
 predictive variance alone (lambda = 1)          0.1250  0.0625 to 0.2500
-saliency variance alone (lambda = 0)            0.1562  0.0625 to 0.2500           +0.0312  +0.0078 to +0.0625  degrades
-fused score (lambda = 0.9)                      0.0938  0.0625 to 0.2500           -0.0312  -0.0625 to -0.0078  improves"""
+saliency variance alone (lambda = 0)            0.1562  0.0625 to 0.2500           +0.0312  +0.0078 to +0.0625  exploratory
+fused score (lambda = 0.9)                      0.0938  0.0625 to 0.2500           -0.0312  -0.0625 to -0.0078  endpoint"""
     found = console.result_table(metrics)
     assert found == table
     coloured = console.result_table(metrics, colour=True).splitlines()
-    assert coloured[0] == f"\033[1m{found.splitlines()[0]}\033[0m"
-    assert coloured[2].endswith("\033[33mdegrades\033[0m")
-    assert coloured[3].endswith("\033[32mimproves\033[0m")
+    assert coloured == [f"\033[1m{found.splitlines()[0]}\033[0m", *found.splitlines()[1:]]
+
+
+def test_the_endpoints_to_the_letter():
+    table = """\
+endpoint                                           region             difference       95 % interval  margin  outcome
+foreground ECE, as the paper has it                true lesions          +0.0020  -0.0137 to +0.0176   0.005  better
+Brier score of the confidence                      whole image           -0.0039  -0.0195 to +0.0117    0.25  worse
+AUROC of errors                                    whole image           +0.0059  -0.0098 to +0.0215    0.01  equivalent
+area under the risk-coverage curve, risk 1 - Dice  images                -0.0078  -0.0234 to +0.0078   0.005  different but negligible
+AUROC of errors that saliency adds                 predicted lesion      +0.0098  -0.0059 to +0.0254   0.005  undecided
+AUROC of errors that saliency adds                 whole image       not defined         not defined   0.005  not defined"""  # noqa: E501
+    found = console.endpoint_table({"conclusion": conclusion_of((42, 43), {"brier": 0.25})})
+    assert found == table
+    found.encode("ascii")
+    coloured = console.endpoint_table({"conclusion": conclusion_of((42, 43), {"brier": 0.25})}, colour=True)
+    assert coloured == f"\033[1m{table.splitlines()[0]}\033[0m\n" + "\n".join(table.splitlines()[1:])
 
 
 def test_a_table_without_any_foreground(tmp_path):
@@ -88,9 +103,12 @@ def test_the_end_says_verdict_what_the_images_are_and_where_to_look(run, tmp_pat
     lines = said.splitlines()
     assert lines[1].startswith(f"Test set of discs: 6 images, Dice {number(run.metrics['test']['dice'])} (")
     assert lines[3:7] == console.result_table(run.metrics).splitlines()
-    assert lines[8:11] == [
-        run.metrics["verdict"], f"{SYNTHETIC_NOTE}. The verdict describes made-up images.", "Data: tiny discs"]
-    assert lines[12:] == [
+    assert lines[7:9] == [console.HOLD_FIXED, ""]
+    assert lines[9:17] == [*console.endpoint_table(run.metrics).splitlines(), ""]
+    assert lines[17:21] == [
+        run.metrics["verdict"], "One training: made up.", f"{SYNTHETIC_NOTE}. The verdict describes made-up images.",
+        "Data: tiny discs"]
+    assert lines[22:] == [
         f"report       {tmp_path / 'report.html'}", f"figures      {tmp_path / 'figures'}",
         f"metrics      {tmp_path / 'metrics.json'}", f"maps         {tmp_path / 'uncertainty_maps'}",
         f"any case     python visualize.py --run {tmp_path}",
@@ -100,6 +118,23 @@ def test_the_end_says_verdict_what_the_images_are_and_where_to_look(run, tmp_pat
     said = capsys.readouterr().out
     assert SYNTHETIC_NOTE not in said
     assert "Data:" not in said
+
+
+def test_the_end_of_several_trainings(tmp_path, capsys):
+    metrics = make_pooled(tmp_path, (42, 143), synthetic=False, data_note=None).metrics
+    console.show_pooled(metrics, tmp_path, 90)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        "", "2 trainings, 60 test images, mean Dice 0.7656", "",
+        "training    Dice  lambda", "seed-42   0.7500     0.5", "seed-143  0.7656   0.625"]
+    assert lines[7:14] == console.endpoint_table(metrics).splitlines()
+    assert lines[15:] == [
+        metrics["verdict"], "", f"report       {tmp_path / 'report.html'}", f"figures      {tmp_path / 'figures'}",
+        f"metrics      {tmp_path / 'metrics.json'}", "time         90.0 s"]
+    with talking(quiet=True, as_json=True):
+        console.show_pooled(metrics, tmp_path, 90)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == metrics and captured.err == ""
 
 
 def test_json_goes_to_standard_output_and_the_table_elsewhere_or_nowhere(run, tmp_path, capsys):
@@ -121,7 +156,7 @@ def test_a_quiet_json_run_prints_the_metrics_and_nothing_else(tiny, finished, tm
     outcome = command("--data", tiny, "--results", tmp_path / "run", "--cache", finished.parent / "cache", *TINY_FLAGS,
                       "--quiet", "--json", "--data-note", "noisy discs", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stderr == ""
+    assert all(line.startswith("WARNING: ") for line in outcome.stderr.splitlines())  # as quiet as it gets
     assert json.loads(outcome.stdout) == json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "noisy discs" in Page((tmp_path / "run" / "report.html").read_text()).text
 
@@ -134,3 +169,14 @@ def test_a_run_says_its_stages_and_where_to_look(finished):
         assert str(finished / name) in said
     assert (finished / "report.html").is_file()
     assert (finished / "report.md").is_file()
+
+
+def test_warnings_are_loud_on_standard_error(monkeypatch, capsys):
+    metrics = {"warnings": [{"code": "low_dice", "text": "The test Dice is 0.250."}]}
+    console.show_warnings(metrics)
+    assert capsys.readouterr() == ("", "WARNING: The test Dice is 0.250.\n")
+    monkeypatch.setattr(console, "colours_wanted", lambda stream: True)
+    console.show_warnings(metrics)
+    assert capsys.readouterr().err == "\x1b[1;31mWARNING: The test Dice is 0.250.\x1b[0m\n"
+    console.show_warnings({"warnings": []})
+    assert capsys.readouterr().err == ""

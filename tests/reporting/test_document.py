@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from pathlib import Path
 
 from PIL import Image
 from saved_runs import Page
@@ -15,6 +16,7 @@ from reporting.document import (
     Code,
     Contents,
     Heading,
+    Link,
     Paragraph,
     Picture,
     Quoted,
@@ -55,6 +57,16 @@ def test_a_text_is_a_string_a_number_or_both():
 def test_html_keeps_the_path_and_the_exact_value_of_a_number():
     assert body(Paragraph(["Dice ", NUMBER], "note")) == (
         '<p class="note">Dice <data value="0.87512" data-path="test.dice">0.8751</data></p>')
+
+
+def test_links_are_addresses_in_both_formats():
+    text = ["see ", Link(Path("seed-42/a report.html"), "seed-42"), " and ", Link(Path("/runs/b&c.html"), HOSTILE), "."]
+    shown = Page(body(Paragraph(text)))
+    assert shown.text == f"see seed-42 and {HOSTILE}."
+    assert [attributes["href"] for attributes in shown.all("a")] == ["seed-42/a%20report.html", "file:///runs/b%26c.html"]
+    markdown = to_markdown([Paragraph(text[:2])], Path())
+    assert markdown == "see [seed-42](<seed-42/a%20report.html>)\n"
+    assert parts(text[1]) == [text[1]] and plain(text[:2]) == "see seed-42"
 
 
 def test_headings_lists_and_contents():

@@ -10,6 +10,7 @@ from saved_runs import Page, changed, make_run, many, plain_image
 
 from experiment.saved_run import load_run
 from reporting.document import Table
+from reporting.endpoints import p_value
 from reporting.figure_texts import FIGURE_TEXTS, GALLERY_CAPTIONS
 from reporting.formats import MISSING, SYNTHETIC_NOTE, count, number, percent, signed, signed_span, span
 from reporting.galleries import RULES
@@ -38,10 +39,14 @@ def lookup(metrics, path):
 
 def ways_to_write(value):
     if isinstance(value, list):
+        if None in value:
+            return {MISSING}
         return {span(value), signed_span(value), f"{value[0]:.6g} to {value[1]:.6g}"}
     if isinstance(value, str):
         return {value}
-    return {number(value), signed(value), count(value), percent(value), f"{value:g}"} if value is not None else {MISSING}
+    if value is None:
+        return {MISSING}
+    return {number(value), signed(value), count(value), percent(value), f"{value:g}", p_value(value)}
 
 
 # ---------------------------------------------------------------- what it says
@@ -78,6 +83,14 @@ def test_the_verdict_comes_first_then_the_table(run):
     assert lead < next(index for index, (tag, _) in enumerate(shown.tags) if tag == "table")
 
 
+def test_endpoints_and_controls_stand_at_the_top_and_nothing_else_is_judged(run):
+    captions = [block.caption for block in report_blocks(run) if isinstance(block, Table)]
+    assert [caption[:8] for caption in captions[:2]] == ["Endpoint", "Controls"]
+    said = page(run).text
+    assert "One training: made up." in said
+    assert not {"improves", "degrades", "improves.", "degrades."} & set(said.split())
+
+
 def test_the_sections_stand_in_the_order_of_reading(run):
     shown = page(run)
     assert [attributes["id"] for attributes in shown.all("h2")] == [
@@ -111,6 +124,11 @@ def test_a_report_by_blocks_has_a_row_per_score_measure_and_rule(run):
     tables = {block.caption.split(";")[0].split(",")[0]: block for block in report_blocks(run) if isinstance(block, Table)}
     assert [row[0] for row in tables["Foreground calibration error on the test set"].rows] == [
         "predictive variance", "saliency variance", "fused score"]
+    assert [row[6] for row in tables["Foreground calibration error on the test set"].rows] == [
+        "", "exploratory", "endpoint, see above"]
+    assert [row[0] for row in tables["The same error after the confidences were recalibrated on validation"].rows] == list(
+        run.metrics["verdict_recalibrated"])
+    assert len(tables["Endpoints"].rows) == 6 and len(tables["Controls: is it saliency? Fused score minus each"].rows) == 4
     assert [row[0] for row in tables["Segmentation: mean over images"].rows] == [
         "Dice", "Jaccard", "Jaccard, 0 where below 0.65"]
     rules = tables["Foreground ECE on test of every normalisation and rule"].rows

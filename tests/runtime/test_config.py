@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -12,7 +13,8 @@ from runtime.errors import UserError
 #: The fields that decide no number: where things lie, how fast, how much is said, how many resamples.
 NEUTRAL = {
     "data", "images", "masks", "download", "skip_bad", "cache", "data_note", "weights_from", "workers", "resamples", "study",
-    "results", "fresh", "quiet", "json", "device", "quick",
+    "results", "fresh", "quiet", "json", "device", "quick", "margin", "trainings", "pool",
+    "flips", "ensemble",
 }
 
 
@@ -31,14 +33,18 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
     for item in fields(Config):
         assert "--" + item.name.replace("_", "-") in text
         assert item.metadata["help"] and len(item.metadata["help"]) < 110
+    assert "--margin NAME=VALUE" in text and "--pool RUN [RUN ...]" in text
 
 
 def test_every_flag_sets_its_field():
     other = {
         "int": ("48", 48), "float": ("0.25", 0.25), "bool": (None, True), "str": ("x", "x"),
+        "_margin": ("brier=0.25", {"brier": 0.25}),
     }
-    special = {"download": {}, "seed": {}, "images": {"masks": "y"}, "masks": {"images": "y"}}
+    special = {"download": {}, "seed": {}, "ensemble": {"trainings": "2"}, "images": {"masks": "y"}, "masks": {"images": "y"}}
     for item in fields(Config):
+        if item.name == "pool":  # which takes several words
+            continue
         word, value = other[item.metadata["type"].__name__]
         if "choices" in item.metadata:
             word = value = item.metadata["choices"][-1]
@@ -84,6 +90,20 @@ def test_a_preset_that_is_named_takes_the_place_of_quick_and_gives_way_too():
         (["--download", "--data", "z"], "--download"),
         (["--epochs", "many"], "invalid int value"),
         (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--trainings", "0"], "--trainings must be at least 1, not 0"),
+        (["--trainings", "2", "--seed", "4294967295"],
+         "--trainings 2 from --seed 4294967295 on would need seed 4294967296; the largest is 4294967295"),
+        (["--ensemble"], "--ensemble combines trainings: give --trainings of at least 2, or --pool"),
+        (["--pool"], "--pool: expected at least one argument"),
+        (["--pool", "a"], "--pool pools at least two finished runs, not a alone"),
+        (["--pool", "a", "b", "--epochs", "3", "--device", "cpu"], "trains nothing; leave --epochs, --device out"),
+        (["--pool", "a", "b", "--trainings", "2"], "leave --trainings out"),
+        (["--margin", "brier"], "'brier' is not of the form NAME=VALUE, such as brier=0.001"),
+        (["--margin", "brier=much"], "'brier=much' is not of the form NAME=VALUE"),
+        (["--margin", "=0.1"], "'=0.1' is not of the form NAME=VALUE"),
+        (["--margin", "brier=0"], "--margin brier must be a finite number greater than 0, not 0.0"),
+        (["--margin", "brier=inf"], "--margin brier must be a finite number greater than 0, not inf"),
+        (["--margin", "brier=nan"], "--margin brier must be a finite number greater than 0, not nan"),
         (["--pass", "3"], "unrecognized arguments"),
     ],
 )
@@ -94,12 +114,25 @@ def test_bad_flags_are_one_line(flags, message):
 
 
 def test_configuration_round_trip(tmp_path):
-    config = parse_config(["--quick", "--limit", "50"], "")
-    assert Config.from_dict(config.to_dict(), tmp_path) == config
+    for flags in (["--quick", "--limit", "50"], ["--pool", "a", "b", "--margin", "brier=0.1"]):
+        config = parse_config(flags, "")
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path) == config
     with pytest.raises(UserError, match="config.json does not hold a configuration"):
         Config.from_dict({"no such field": 1}, tmp_path / "config.json")
     with pytest.raises(UserError, match="does not hold a configuration"):
         Config.from_dict(None, tmp_path / "config.json")
+
+
+def test_margins_are_repeated_and_the_last_of_one_name_counts():
+    config = parse_config(["--margin", "brier=0.25", "--margin", "x=1e-3", "--margin", "brier=0.5"], "")
+    assert config.margin == {"brier": 0.5, "x": 0.001}
+    assert parse_config([], "").margin is None
+
+
+def test_a_pool_takes_runs_and_what_concludes_from_them():
+    flags = ["--pool", "a", "b", "c", "--results", "d", "--margin", "brier=0.1", "--resamples", "200", "--quiet"]
+    config = parse_config(flags, "")
+    assert (config.pool, config.results, config.margin, config.resamples) == (["a", "b", "c"], "d", {"brier": 0.1}, 200)
 
 
 def test_a_configuration_does_not_change():
@@ -116,9 +149,9 @@ def test_every_field_decides_the_training_the_evaluation_or_nothing():
     assert {name for name, what in decided.items() if what == "nothing"} == NEUTRAL
 
 
-def test_six_fields_act_after_training():
-    assert set(AFTER_TRAINING) == {"passes", "target_layer", "precision", "cam_scale", "bins", "lambda_steps"}
-    assert len(AFTER_TRAINING) == 6
+def test_seven_fields_act_after_training():
+    assert set(AFTER_TRAINING) == {"passes", "target_layer", "precision", "cam_scale", "cam_score", "bins", "lambda_steps"}
+    assert len(AFTER_TRAINING) == 7
 
 
 def test_the_experiment_is_all_but_what_decides_nothing():
@@ -126,7 +159,8 @@ def test_the_experiment_is_all_but_what_decides_nothing():
     experiment = config.experiment()
     assert set(experiment) == {item.name for item in fields(Config)} - NEUTRAL
     assert {"seed", "threshold", "amp", "limit", "augment", "split_seed", *AFTER_TRAINING} <= set(experiment)
-    neutral = replace(config, data="x", cache="y", results="z", resamples=100, quiet=True, device="cpu", workers=2, study=True)
+    neutral = replace(config, data="x", cache="y", results="z", resamples=100, quiet=True, device="cpu", workers=2, study=True,
+                      trainings=3, margin={"brier": 0.1})
     assert neutral.experiment() == experiment
     changed = replace(config, passes=4, seed=7).experiment()
     assert {name: value for name, value in changed.items() if experiment[name] != value} == {"passes": 4, "seed": 7}

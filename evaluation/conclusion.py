@@ -1,0 +1,299 @@
+"""What a study of one or more trainings may conclude: endpoints, controls, one verdict.
+
+Five endpoints with margins fixed beforehand, the fifth in two regions, corrected together by Holm's method; beside them
+the controls that say whether an effect is one of saliency. Everything else a run measures is exploratory.
+
+Shapes: S trainings, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evaluation.added import FOLDS, cross_fitted_auroc, folds_of, gains, permutation_null
+from evaluation.arrays import Array, jsonable
+from evaluation.calibration import expected_calibration_error, region_bins
+from evaluation.counting import Counters
+from evaluation.crossed import EQUIVALENCE_LEVEL, LEVEL, Estimate, crossed_estimate, holm, needed, outcome
+from evaluation.effects import MEASURES, PROCEDURES, Training, image_aurc, resampled_measures, total_weights
+from evaluation.fusion import Fusion
+from evaluation.image_ranking import mean_uncertainty_of_images
+from evaluation.measures import split_region
+from evaluation.ranking import auroc
+from evaluation.resampling import bootstrap_weights
+
+#: Of saliency variance within images, for the null of the error models.
+PERMUTATIONS = 20
+
+
+class Endpoint(NamedTuple):
+    """A question asked beforehand: the fused score minus predictive variance, or a model with saliency minus one without.
+
+    Attributes:
+        label, region: in words.
+        margin: the largest difference that does not matter.
+        lower_is_better: whether a negative difference is an improvement.
+    """
+
+    label: str
+    region: str
+    margin: float
+    lower_is_better: bool = True
+
+
+ENDPOINTS = {
+    "foreground_ece": Endpoint("foreground ECE, as the paper has it", "true lesions", 0.005),
+    "brier": Endpoint("Brier score of the confidence", "whole image", 0.002),
+    "error_auroc": Endpoint("AUROC of errors", "whole image", 0.01, lower_is_better=False),
+    "image_aurc": Endpoint("area under the risk-coverage curve, risk 1 - Dice", "images", 0.005),
+    "added_auroc_predicted_lesion": Endpoint("AUROC of errors that saliency adds", "predicted lesion", 0.005, False),
+    "added_auroc_whole_image": Endpoint("AUROC of errors that saliency adds", "whole image", 0.005, False),
+}
+ENDPOINT_NAMES = tuple(ENDPOINTS)
+DEFAULT_MARGINS = {name: endpoint.margin for name, endpoint in ENDPOINTS.items()}
+_ADDED = {"added_auroc_predicted_lesion": "predicted_lesion", "added_auroc_whole_image": "whole_image"}
+
+CONTROLS = {
+    "placebo_other_image": "fused minus the same with another image's saliency",
+    "placebo_shuffled": "fused minus the same with shuffled saliency",
+    "placebo_constant": "fused minus the same with a constant for saliency",
+    "tuned_scale": "fused minus predictive variance with a tuned scale",
+}
+ONE_TRAINING = (
+    "One training: how much the answer varies between trainings is unknown, and no interval contains it; "
+    "--trainings 10 would tell."
+)
+
+
+class TrainingResult(NamedTuple):
+    """One training, from its saved counts alone.
+
+    Attributes:
+        name: of its results folder, for tables.
+        seed: of the training.
+        fusion: as tuned on its validation images.
+        validation, test: counters of both splits, with their joint histograms.
+    """
+
+    name: str
+    seed: int
+    fusion: Fusion
+    validation: Counters
+    test: Counters
+
+
+class Drawn(NamedTuple):
+    """Resampled differences and values of one training, the split itself taken out.
+
+    Attributes:
+        values: by procedure and measure, of the split.
+        samples: the same of every resample, (R,), moved so that the split itself has its exact value.
+        added: by region and variance, the gain in AUROC of the split.
+        added_samples: the same of every resample of the test images.
+        tuned: by procedure, its tuned number.
+    """
+
+    values: dict[str, dict[str, float]]
+    samples: dict[str, dict[str, Array]]
+    added: dict[str, dict[str, float]]
+    added_samples: dict[str, dict[str, Array]]
+    tuned: dict[str, float]
+
+
+def exact_measures(test: Counters, score: str) -> dict[str, float]:
+    """The four measures of a headline score from the counts of every pixel, without the width of a joint cell."""
+    place = test.scores.index(score)
+    summed = {name: test.images[name][:, place].sum(0) for name in ("count", "confidence")}
+    correct, wrong = (part[place] for part in split_region(test.pooled["fine"], "whole_image"))
+    dice = Training.dice_of(test)
+    uncertainty = mean_uncertainty_of_images(test, score, "whole_image")
+    return {
+        "foreground_ece": float(expected_calibration_error(
+            *region_bins(summed["count"], summed["confidence"], "foreground")
+        )),
+        "brier": float(test.images["squared_error"][:, place].sum() / summed["count"].sum()),
+        "error_auroc": float(auroc(correct, wrong)),
+        "image_aurc": float(image_aurc(uncertainty, 1.0 - dice, total_weights(len(dice)))[0]),
+    }
+
+
+def draw(training: TrainingResult, resamples: int, seed: int) -> Drawn:
+    """Measure one training on the split itself and on resampled images, with everything refitted.
+
+    The same arguments draw the same images for every training.
+    """
+    data = Training.of(training.validation, training.test, training.fusion)
+    validation_weights, test_weights = (
+        np.concatenate([total_weights(len(split.ids)), *bootstrap_weights(len(split.ids), resamples, seed + offset)])
+        for offset, split in enumerate((training.validation, training.test))
+    )
+    measured = resampled_measures(data, validation_weights, test_weights)
+    values: dict[str, dict[str, float]] = {}
+    samples: dict[str, dict[str, Array]] = {}
+    for procedure in PROCEDURES:
+        exact = exact_measures(training.test, procedure) if procedure in training.test.scores else {}
+        values[procedure], samples[procedure] = {}, {}
+        for measure in MEASURES:
+            approximate = measured[procedure][measure]
+            value = exact.get(measure, float(approximate[0]))
+            values[procedure][measure] = value
+            samples[procedure][measure] = approximate[1:] + (value - approximate[0])
+    folds = folds_of(training.test.ids)
+    added = {
+        region: gains(cross_fitted_auroc(training.test.images["error_cells"], folds, test_weights, region))
+        for region in _ADDED.values()
+    }
+    return Drawn(
+        values, samples,
+        {region: {name: float(gain[0]) for name, gain in found.items()} for region, found in added.items()},
+        {region: {name: gain[1:] for name, gain in found.items()} for region, found in added.items()},
+        {procedure: float(measured[procedure]["tuned"][0]) for procedure in PROCEDURES},
+    )
+
+
+def conclude(
+    trainings: Sequence[TrainingResult], *, resamples: int = 500, seed: int = 42,
+    margins: Mapping[str, float] | None = None, permutations: int = PERMUTATIONS,
+) -> dict[str, Any]:
+    """The verdict on what fusing does, from one or more trainings on the same images.
+
+    Args:
+        trainings: at least one; of the same images and splits.
+        resamples: of the images, shared by all trainings.
+        seed: of the resamples.
+        margins: of endpoints, in place of ``DEFAULT_MARGINS``.
+        permutations: of the null of the error models; 0 leaves it out.
+
+    Returns:
+        Plain numbers for JSON: "sentence", "null_result", "notes", "endpoints", "controls", "measures", and how they
+        were found.
+
+    Raises:
+        ValueError: no training, trainings of other images, or an unknown endpoint among the margins.
+    """
+    if not trainings:
+        raise ValueError("no training to conclude from")
+    for part in ("validation", "test"):
+        if len({getattr(training, part).ids for training in trainings}) > 1:
+            raise ValueError(f"the trainings have other {part} images")
+    unknown = set(margins or ()) - set(ENDPOINT_NAMES)
+    if unknown:
+        raise ValueError(f"there is no endpoint {min(unknown)}; there are {', '.join(ENDPOINT_NAMES)}")
+    drawn = [draw(training, resamples, seed) for training in trainings]
+    images = min(len(trainings[0].validation.ids), len(trainings[0].test.ids))
+    identical = all(training.fusion.parameter == 1.0 for training in trainings)
+    endpoints = _endpoints(drawn, images, {**DEFAULT_MARGINS, **(margins or {})}, identical)
+    notes = [ONE_TRAINING] if len(trainings) == 1 else []
+    return jsonable({
+        "trainings": len(trainings), "seeds": [training.seed for training in trainings],
+        "resamples": resamples, "folds": FOLDS,
+        "level": LEVEL, "equivalence_level": EQUIVALENCE_LEVEL,
+        "sentence": sentence(endpoints, len(trainings)),
+        "null_result": endpoints[0]["outcome"] in ("equivalent", "worse"),
+        "notes": notes,
+        "endpoints": endpoints,
+        "controls": _controls(drawn, images),
+        "added": _added(trainings, drawn, images, permutations),
+        "lambda": [training.fusion.parameter for training in trainings],
+        "measures": {
+            procedure: {measure: _mean_and_parts([one.values[procedure][measure] for one in drawn]) for measure in MEASURES}
+            for procedure in PROCEDURES
+        },
+    })
+
+
+def _mean_and_parts(values: list[float]) -> dict[str, Any]:
+    return {"value": float(np.mean(values)), "by_training": values}
+
+
+def _described(estimate: Estimate, by_training: list[float]) -> dict[str, Any]:
+    """What every row says of a difference."""
+    return {
+        "value": estimate.value, "interval": estimate.interval(), "interval_90": estimate.interval(EQUIVALENCE_LEVEL),
+        "by_training": by_training, "seed_sd": float(np.sqrt(estimate.seed_variance)),
+        "image_se": float(np.sqrt(estimate.image_variance)), "degrees_of_freedom": estimate.degrees_of_freedom(),
+    }
+
+
+def _difference(drawn: Sequence[Drawn], measure: str, other: str, images: int) -> tuple[Estimate, list[float]]:
+    """The fused score's measure minus that of another procedure."""
+    values = [one.values["fused"][measure] - one.values[other][measure] for one in drawn]
+    samples = np.stack([one.samples["fused"][measure] - one.samples[other][measure] for one in drawn], 1)
+    return crossed_estimate(values, samples, images), values
+
+
+def _gain(drawn: Sequence[Drawn], region: str, variance: str, images: int) -> tuple[Estimate, list[float]]:
+    """What a variance adds to the AUROC of errors in a region."""
+    values = [one.added[region][variance] for one in drawn]
+    samples = np.stack([one.added_samples[region][variance] for one in drawn], 1)
+    return crossed_estimate(values, samples, images), values
+
+
+def _endpoints(
+    drawn: Sequence[Drawn], images: int, margins: Mapping[str, float], identical: bool
+) -> list[dict[str, Any]]:
+    found = {
+        name: _gain(drawn, _ADDED[name], "saliency_variance", images) if name in _ADDED
+        else _difference(drawn, name, "predictive_variance", images)
+        for name in ENDPOINTS
+    }
+    corrected = holm([estimate.p_value() for estimate, _ in found.values()])
+    rows = []
+    for (name, (estimate, values)), p_holm in zip(found.items(), corrected):
+        endpoint, margin = ENDPOINTS[name], margins[name]
+        same = identical and name not in _ADDED
+        result = outcome(estimate, margin, p_holm, endpoint.lower_is_better, same)
+        rows.append({
+            "name": name, "label": endpoint.label, "region": endpoint.region, "lower_is_better": endpoint.lower_is_better,
+            "margin": margin, **_described(estimate, values), "p_value": estimate.p_value(), "p_holm": p_holm,
+            "outcome": result, "needed": needed(estimate, margin) if result == "undecided" else None,
+        })
+    return rows
+
+
+def _controls(drawn: Sequence[Drawn], images: int) -> list[dict[str, Any]]:
+    rows = []
+    for other, label in CONTROLS.items():
+        for measure in MEASURES:
+            estimate, values = _difference(drawn, measure, other, images)
+            rows.append({
+                "name": f"fused_minus_{other}", "label": label, "measure": measure,
+                "lower_is_better": ENDPOINTS[measure].lower_is_better, **_described(estimate, values),
+                "tuned": [one.tuned[other] for one in drawn],
+            })
+    return rows
+
+
+def _added(trainings: Sequence[TrainingResult], drawn: Sequence[Drawn], images: int, permutations: int) -> dict[str, Any]:
+    """What each variance adds in each region, with the permutation null of the first training."""
+    first = trainings[0].test
+    folds = folds_of(first.ids)
+    return {
+        region: {
+            **{name: _described(*_gain(drawn, region, name, images)) for name in ("predictive_variance", "saliency_variance")},
+            "permutation_null":
+                permutation_null(first.images["error_cells"], folds, region, permutations) if permutations else None,
+        }
+        for region in _ADDED.values()
+    }
+
+
+def sentence(endpoints: Sequence[Mapping[str, Any]], trainings: int) -> str:
+    """The verdict in words: the outcome of the paper's own endpoint with its numbers, then those of the others."""
+    first, *others = endpoints
+    numbers = "" if first["outcome"] in ("identical", "not defined") else (
+        f" (difference {first['value']:+.4f}, 95 % interval {first['interval'][0]:+.4f} to {first['interval'][1]:+.4f}, "
+        f"margin {first['margin']:g})"
+    )
+    by_outcome: dict[str, list[str]] = {}
+    for row in others:
+        by_outcome.setdefault(row["outcome"], []).append(f"{row['label']} ({row['region']})")
+    rest = "; ".join(f"{found}: {', '.join(labels)}" for found, labels in by_outcome.items())
+    count = "one training" if trainings == 1 else f"{trainings} trainings"
+    return (
+        f"Fused against predictive variance, {count}: the {first['label']}, is {first['outcome']}{numbers}. "
+        f"Of the other endpoints, {rest}."
+    )

@@ -1,0 +1,282 @@
+"""What fusing does in one training, measured again on resampled images with everything refitted.
+
+A **procedure** turns two variances into a score and has at most one tuned number:
+
+- ``predictive_variance``: min-max scaled, nothing tuned; what all others are compared with.
+- ``fused``: the paper's; lambda with the lowest foreground ECE on validation.
+- ``placebo_other_image``, ``placebo_shuffled``: the same with a saliency variance that cannot know this image's errors.
+- ``placebo_constant``: the same with the mean normalised saliency variance of validation in every pixel.
+- ``tuned_scale``: predictive variance with its scale tuned, as many tuned numbers as the fusion has.
+
+Each resample draws validation images (which fit the scales and the tuned number) and test images (which measure).
+
+Shapes: I images, K cells per variance (M = K * K), R resamples, G of them with one scale, L values of a tuned number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation.arrays import Array, divide
+from evaluation.calibration import bin_index
+from evaluation.counting import Counters
+from evaluation.fusion import Fusion
+from evaluation.image_ranking import confusion
+from evaluation.joint import CELL_POWER, VARIANTS
+from evaluation.overlap import overlap_of_outcomes
+from evaluation.ranking import auroc
+from evaluation.tuning import lambda_errors
+
+#: Foreground ECE, Brier score and error AUROC over the whole image, area under the risk-coverage curve of images.
+MEASURES = ("foreground_ece", "brier", "error_auroc", "image_aurc")
+PROCEDURES = ("predictive_variance", "fused", "placebo_other_image", "placebo_shuffled", "placebo_constant", "tuned_scale")
+_VARIANT = {"placebo_other_image": VARIANTS.index("other_image"), "placebo_shuffled": VARIANTS.index("shuffled")}
+#: What ``tuned_scale`` may multiply the normalised predictive variance by: 1 to 100 in ten equal ratios.
+SCALE_FACTORS = tuple(10 ** (k / 5) for k in range(11))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The joint histograms of one split of one training.
+
+    Attributes:
+        counts: (I, V, A, K, K) int32.
+        values: (2, K) float64, the variance that the pixels of a cell count with.
+        low: of both variances, what is normalised to 0. It is next to 0 in any split, and stays as fitted.
+        largest: (I, 2) float64, of both variances in each image.
+    """
+
+    counts: Array
+    values: Array
+    low: tuple[float, float]
+    largest: Array
+
+    @classmethod
+    def of(cls, counters: Counters, fusion: Fusion) -> Joint:
+        """The joint histograms among the counters of a split."""
+        counts = counters.images["joint"]
+        own = counts[:, 0].sum((0, 1))  # K, K
+        pixels = np.stack([own.sum(1), own.sum(0)]).astype(float)
+        sums = counters.images["cell_sums"].sum(0)
+        edges = (np.arange(counts.shape[-1]) + 0.5) / counts.shape[-1]
+        middles = np.stack([
+            scale.low + (scale.high - scale.low) * edges**CELL_POWER for scale in (fusion.predictive, fusion.saliency)
+        ])
+        values = np.where(pixels > 0, sums / np.maximum(pixels, 1.0), middles)
+        return cls(counts, values, (fusion.predictive.low, fusion.saliency.low), counters.images["largest"])
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: its joint histograms, its segmentations, and the grid that its fusion was tuned on.
+
+    Attributes:
+        validation, test: joint histograms.
+        dice: of each test image, (I,).
+        curves: foreground ECE of the whole validation and of the whole test split at every lambda, counted pixel by
+            pixel, (L,) each; what the width of the cells changes is taken off with them.
+        lambdas: ascending.
+        bins: equal-width bins of the ECE.
+    """
+
+    validation: Joint
+    test: Joint
+    dice: Array
+    curves: tuple[Array, Array]
+    lambdas: tuple[float, ...]
+    bins: int
+
+    @classmethod
+    def of(cls, validation: Counters, test: Counters, fusion: Fusion) -> Training:
+        """From the counters of both splits."""
+        curve, test_curve = (
+            lambda_errors(split.total("lambda_count", "lambda_confidence")) for split in (validation, test)
+        )
+        return cls(
+            Joint.of(validation, fusion), Joint.of(test, fusion), cls.dice_of(test), (curve, test_curve), test.lambdas, test.bins
+        )
+
+    @staticmethod
+    def dice_of(test: Counters) -> Array:
+        """Dice of each image, (I,)."""
+        return overlap_of_outcomes(confusion(test))[0]
+
+
+class _Scale(NamedTuple):
+    """What is normalised to 1 of both variances, and the rows of the resamples that have it."""
+
+    high: tuple[float, float]
+    rows: Array
+
+
+def _scales(joint: Joint, weights: Array) -> Iterator[_Scale]:
+    """The largest variances of every resample (R, I), each pair once: few, as one of ten images holds nearly every one."""
+    high = np.where(weights[:, :, None] > 0, joint.largest, -np.inf).max(1)
+    pairs, place = np.unique(high, axis=0, return_inverse=True)
+    for index, (first, second) in enumerate(pairs):
+        yield _Scale((float(first), float(second)), np.flatnonzero(place.ravel() == index))
+
+
+def _normalised(joint: Joint, scale: _Scale) -> tuple[Array, Array]:
+    """Both variances of the cells, normalised, (K,) each in [0, 1]."""
+    spans = [high - low for low, high in zip(joint.low, scale.high)]
+    first, second = (
+        np.clip((joint.values[i] - joint.low[i]) / spans[i], 0.0, 1.0) if spans[i] > 0 else np.zeros(joint.values.shape[1])
+        for i in (0, 1)
+    )
+    return first, second
+
+
+def scores_of_cells(procedure: str, predictive: Array, saliency: Array, lambdas: tuple[float, ...], constant: float) -> Array:
+    """The score of every cell under each value of the tuned number, (L, M).
+
+    Args:
+        procedure: one of ``PROCEDURES``.
+        predictive, saliency: normalised variances of the cells, (K,).
+        lambdas: the grid, ascending.
+        constant: what ``placebo_constant`` has in every pixel.
+    """
+    shape = len(predictive), len(saliency)
+    first = np.broadcast_to(predictive[:, None], shape).ravel()
+    second = np.broadcast_to(saliency[None], shape).ravel()
+    if procedure == "predictive_variance":
+        return first[None]
+    if procedure == "tuned_scale":
+        return np.clip(np.array(SCALE_FACTORS[::-1])[:, None] * first, 0.0, 1.0)  # last, and so preferred in a tie: 1
+    if procedure == "placebo_constant":
+        second = np.full_like(first, constant)
+    lam = np.array(lambdas)[:, None]
+    return lam * first + (1.0 - lam) * second
+
+
+def _expected_error(scores: Array, wrong: Array, correct: Array, bins: int) -> Array:
+    """ECE (G, L) of scores (L, M) from wrong and correct pixels (G, M) by cell."""
+    used = np.flatnonzero((wrong + correct).any(0))  # most cells hold no pixel of the foreground
+    scores, wrong, correct = scores[:, used], wrong[:, used], correct[:, used]
+    confidence = 1.0 - scores
+    inside = bin_index(confidence, bins)[..., None] == np.arange(bins)  # L, M, B
+    one_hot = inside.transpose(1, 0, 2).reshape(scores.shape[1], -1).astype(float)  # M, L * B
+    weighted = one_hot * np.repeat(confidence.T, bins, axis=1)
+    gap = correct @ one_hot - (wrong + correct) @ weighted
+    return divide(np.abs(gap).reshape(len(wrong), len(scores), bins).sum(-1), (wrong + correct).sum(1, keepdims=True))
+
+
+def _error_auroc(score: Array, counts: Array) -> Array:
+    """AUROC of errors (G,) of one score (M,) from pixels (G, 4, M) by outcome and cell."""
+    used = np.flatnonzero(counts.any((0, 1)))
+    score, counts = score[used], counts[:, :, used]
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.diff(score[order], prepend=-1.0))
+    correct, wrong = counts[:, 0] + counts[:, 3], counts[:, 1] + counts[:, 2]
+    return auroc(*(np.add.reduceat(part[:, order], starts, axis=1) for part in (correct, wrong)))
+
+
+def image_aurc(uncertainty: Array, risk: Array, weights: Array) -> Array:
+    """Area under the risk-coverage curve of images: the mean risk of the images that are kept, over all coverages.
+
+    Images are given up from the most uncertain on; a copy of an image in a resample counts like another image.
+
+    Args:
+        uncertainty: (I,).
+        risk: (I,), such as 1 - Dice.
+        weights: how often each image was drawn, (R, I).
+
+    Returns:
+        (R,); lower is better. Geifman, Uziel & El-Yaniv, ICLR 2019.
+
+    Example:
+        >>> image_aurc(np.array([0.1, 0.9]), np.array([0.0, 1.0]), np.ones((1, 2))).tolist()  # (0 + 1/2) / 2
+        [0.25]
+    """
+    order = np.argsort(uncertainty, kind="stable")
+    drawn = weights[:, order]
+    kept, lost = np.cumsum(drawn, 1), np.cumsum(drawn * risk[order], 1)
+    return divide((drawn * divide(lost, np.maximum(kept, 1.0))).sum(1), drawn.sum(1))
+
+
+def resampled_measures(
+    training: Training, validation_weights: Array, test_weights: Array, procedures: tuple[str, ...] = PROCEDURES
+) -> dict[str, dict[str, Array]]:
+    """The measures of every procedure, refitted on each resample of the validation images.
+
+    Args:
+        training: whose.
+        validation_weights, test_weights: how often each image was drawn, (R, I) of each split.
+        procedures: some of ``PROCEDURES``.
+
+    Returns:
+        By procedure, the measures of ``MEASURES`` (R,), and "tuned" (R,): lambda, or the factor of ``tuned_scale``.
+        NaN where a resample holds no pixel of a measure's region. Approximate to the width of a cell.
+    """
+    result: dict[str, dict[str, Array]] = {}
+    by_variant: dict[int, list[str]] = {}
+    for procedure in procedures:
+        by_variant.setdefault(_VARIANT.get(procedure, 0), []).append(procedure)
+    for variant, members in by_variant.items():
+        fitted = _summed(training.validation, variant, validation_weights)
+        measured = _summed(training.test, variant, test_weights)
+        for procedure in members:
+            offsets = _offsets(training) if procedure == "fused" else (0.0, 0.0)
+            found = {name: np.full(len(test_weights), np.nan) for name in (*MEASURES, "tuned")}
+            for scale in _scales(training.validation, validation_weights):
+                _measure(training, procedure, variant, scale, fitted[scale.rows], measured[scale.rows],
+                         test_weights[scale.rows], offsets, found)
+            result[procedure] = found
+    return result
+
+
+def _offsets(training: Training) -> tuple[Array, Array]:
+    """What counting every pixel changes in the lambda curve of each whole split, (L,) each."""
+    found = []
+    for joint, exact in zip((training.validation, training.test), training.curves):
+        (scale,) = _scales(training.validation, total_weights(len(training.validation.counts)))
+        pixels = _summed(joint, 0, total_weights(len(joint.counts)))
+        scores = scores_of_cells("fused", *_normalised(joint, scale), training.lambdas, 0.0)
+        found.append(exact - _expected_error(scores, pixels[:, 2], pixels[:, 3], training.bins)[0])
+    return found[0], found[1]
+
+
+def _summed(joint: Joint, variant: int, weights: Array) -> Array:
+    """Pixels of every resample by outcome and cell, (R, 4, M)."""
+    counts = joint.counts[:, variant].reshape(len(joint.counts), -1).astype(np.float32)
+    return (weights.astype(np.float32) @ counts).reshape(len(weights), 4, -1)
+
+
+def _measure(
+    training: Training, procedure: str, variant: int, scale: _Scale, fitted: Array, measured: Array, weights: Array,
+    offsets: tuple[Array | float, Array | float], found: dict[str, Array],
+) -> None:
+    """Fit and measure the resamples that share one scale, and enter the measures at their rows."""
+    validation, test = training.validation, training.test
+    normalised = _normalised(validation, scale)
+    pixels = fitted.sum((0, 1)).reshape(len(normalised[0]), -1)
+    constant = float((pixels.sum(0) @ normalised[1]) / max(pixels.sum(), 1.0))
+    curve = _expected_error(
+        scores_of_cells(procedure, *normalised, training.lambdas, constant), fitted[:, 2], fitted[:, 3], training.bins
+    )
+    curve = curve + offsets[0]
+    last = curve.shape[1] - 1
+    chosen = last - np.argmin(np.where(np.isnan(curve), np.inf, curve)[:, ::-1], axis=1)  # a tie goes to the larger
+    scores = scores_of_cells(procedure, *_normalised(test, scale), training.lambdas, constant)
+    tuned = {"predictive_variance": (1.0,), "tuned_scale": SCALE_FACTORS[::-1]}.get(procedure, training.lambdas)
+    whole = test.counts[:, variant].sum(1).reshape(len(test.counts), -1)
+    for index in np.unique(chosen):
+        mine = chosen == index
+        rows, counts, score = scale.rows[mine], measured[mine], scores[index]
+        squares = np.stack([score**2, (1 - score) ** 2, (1 - score) ** 2, score**2])
+        error = _expected_error(score[None], counts[:, 2], counts[:, 3], training.bins)[:, 0]
+        found["foreground_ece"][rows] = error + (offsets[1] if isinstance(offsets[1], float) else offsets[1][index])
+        found["brier"][rows] = divide((counts * squares).sum((1, 2)), counts.sum((1, 2)))
+        found["error_auroc"][rows] = _error_auroc(score, counts)
+        found["image_aurc"][rows] = image_aurc(whole @ score / whole.sum(1), 1.0 - training.dice, weights[mine])
+        found["tuned"][rows] = tuned[index]
+
+
+def total_weights(images: int) -> Array:
+    """The split itself as a resample: every image once, (1, I)."""
+    return np.ones((1, images))
+

@@ -1,0 +1,308 @@
+"""Finished trainings as one study: read back, checked to differ in the seed alone, and concluded from together.
+
+Saved numbers are enough: no image and no weight is read, and maps only for the ensemble, where it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+
+from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, PERMUTATIONS, TrainingResult, conclude
+from evaluation.counting import Counters
+from evaluation.fusion import Fusion
+from evaluation.names import SCHEMA_VERSION
+from experiment.saved_run import PooledRun
+from experiment.trained_run import fusion_of
+from runtime.config import Config
+from runtime.errors import UserError, one_line
+from runtime.files import remove_partials
+from runtime.lock import FolderLock
+from runtime.records import fingerprint, read_json, read_sealed, seal, write_json
+
+POOLED = Path("results/pooled")
+#: Resamples that a conclusion takes at most: each of them refits scales, lambda and recalibration.
+RESAMPLES = 500
+#: Of the counts of each image, what a conclusion needs and older versions did not save.
+NEEDED = ("joint", "cell_sums", "largest", "error_cells")
+#: Recorded inputs in which trainings of one study may differ; fingerprints of taken weights differ with the seed.
+MAY_DIFFER = ("seed", "weights")
+
+
+# ---------------------------------------------------------------- concluding
+
+
+def check_margins(margins: Mapping[str, float] | None) -> None:
+    """Refuse a margin of something else than an endpoint.
+
+    Raises:
+        UserError: lists the endpoints.
+    """
+    for name in margins or ():
+        if name not in ENDPOINT_NAMES:
+            raise UserError(f"--margin names no endpoint {name}; there are {', '.join(ENDPOINT_NAMES)}")
+
+
+def conclude_trainings(
+    trainings: Sequence[TrainingResult], resamples: int, margins: Mapping[str, float] | None, permutations: int = PERMUTATIONS
+) -> dict[str, Any]:
+    """What one training or several of the same experiment show, with the same resamples however they were run.
+
+    Args:
+        trainings: in any order.
+        resamples: at most ``RESAMPLES`` of them are taken.
+        margins: by endpoint, where it is not the default.
+        permutations: of the null of the error models; 0 leaves it out.
+
+    Returns:
+        See :func:`evaluation.conclusion.conclude`.
+    """
+    in_order = sorted(trainings, key=lambda training: training.seed)
+    return conclude(
+        in_order, resamples=min(resamples, RESAMPLES), seed=in_order[0].seed,
+        margins={**DEFAULT_MARGINS, **(margins or {})}, permutations=permutations,
+    )
+
+
+def conclude_run(config: Config, fusion: Fusion, validation: Counters, test: Counters) -> dict[str, Any]:
+    """:func:`conclude_trainings` of one training, as it is configured; the permutation null with ``--study`` alone."""
+    result = TrainingResult(f"seed-{config.seed}", config.seed, fusion, validation, test)
+    return conclude_trainings([result], config.resamples, config.margin, PERMUTATIONS if config.study else 0)
+
+
+# ---------------------------------------------------------------- reading a finished training
+
+
+class FinishedTraining(NamedTuple):
+    """A finished training, as far as a pool needs it.
+
+    Attributes:
+        folder: its results folder.
+        metrics: ``metrics.json``.
+        record: ``config.json``.
+        result: its counts.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    record: Mapping[str, Any]
+    result: TrainingResult
+
+
+def read_training(folder: Path) -> FinishedTraining:
+    """Read a finished training, after checking that its files belong together.
+
+    Raises:
+        UserError: it is not finished, is itself a pool, was changed, or was made by another version.
+    """
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} holds no finished run (no metrics.json); finish it, or name another folder")
+    metrics, record = read_sealed(folder / "metrics.json"), read_json(folder / "config.json")
+    if "pooled" in metrics:
+        raise UserError(f"{folder} is a pool itself; name the folders of its trainings")
+    if "config_identity" not in metrics:
+        raise _of_another_version(folder)
+    inputs = record.get("decides")
+    identity = fingerprint(inputs)
+    if not isinstance(inputs, dict) or not identity == record.get("identity") == metrics["config_identity"]:
+        raise UserError(f"{folder / 'metrics.json'} does not belong to the config.json beside it; run main.py again")
+    seed = int(inputs["seed"])
+    validation, test = read_counts(folder / "calibration.npz", str(metrics["identity"]))
+    fusion = fusion_of(metrics, folder / "metrics.json")
+    return FinishedTraining(folder, metrics, record, TrainingResult(f"seed-{seed}", seed, fusion, validation, test))
+
+
+def read_counts(path: Path, identity: str) -> tuple[Counters, Counters]:
+    """The counts of the validation and of the test images that :func:`experiment.results.write_counts` saved.
+
+    Args:
+        path: the file.
+        identity: of the run that they must be of.
+
+    Raises:
+        UserError: the file is missing, damaged, of another run or of another version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = str(content["identity"])
+            arrays = {name: content[name] for name in content.files if "/" in name}
+        validation, test = (
+            Counters.from_arrays({name[len(part):]: values for name, values in arrays.items() if name.startswith(part)})
+            for part in ("validation/", "test/")
+        )
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}; run main.py again") from error
+    except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} does not hold the counts of a run ({one_line(error)}); run main.py again") from error
+    if found != identity:
+        raise UserError(f"{path} is not of the run that the metrics.json beside it describes; run main.py again")
+    if any(name not in counts.images for counts in (validation, test) for name in NEEDED):
+        raise _of_another_version(path.parent)
+    return validation, test
+
+
+def _of_another_version(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was finished by another version of this program, which saved too little to pool; "
+        "run its command again: weights and maps are used again"
+    )
+
+
+# ---------------------------------------------------------------- belonging together
+
+
+def check_together(trainings: Sequence[FinishedTraining]) -> None:
+    """Refuse trainings that differ in more than the seed, and two of one seed.
+
+    Raises:
+        UserError: names both folders, and the settings in which they differ.
+    """
+    first = trainings[0]
+    seeds: dict[int, Path] = {}
+    for training in trainings:
+        seed = training.result.seed
+        if seed in seeds:
+            raise UserError(f"{seeds[seed]} and {training.folder} are both of seed {seed}; leave one out")
+        seeds[seed] = training.folder
+    for training in trainings[1:]:
+        one, two = first.record["decides"], training.record["decides"]
+        changed = [
+            f"{key} is {one.get(key)!r} there and {two.get(key)!r} here"
+            for key in sorted({*one, *two} - {*MAY_DIFFER}) if one.get(key) != two.get(key)
+        ]
+        if not changed and first.record.get("split") != training.record.get("split"):
+            changed = ["the split of the images"]
+        for part in ("validation", "test"):
+            if not changed and getattr(first.result, part).ids != getattr(training.result, part).ids:
+                changed = [f"the {part} images"]
+        if changed:
+            raise UserError(f"{training.folder} differs from {first.folder} in more than the seed: {'; '.join(changed)}")
+
+
+def check_pooled_folder(results: Path) -> None:
+    """Refuse a results folder that holds a run of its own, whose numbers a pool would replace.
+
+    Raises:
+        UserError: names the folder.
+    """
+    path = results / "config.json"
+    if path.exists() and "pooled" not in read_json(path):
+        raise UserError(f"{results} holds a single run; choose another --results folder for what is pooled")
+
+
+# ---------------------------------------------------------------- pooling
+
+
+class Pool(NamedTuple):
+    """What the files ``metrics.json`` and ``config.json`` of a pool hold."""
+
+    metrics: dict[str, Any]
+    record: dict[str, Any]
+
+
+@contextmanager
+def pool_folder(config: Config) -> Iterator[Path]:
+    """Hold the results folder of ``--pool``, which must hold no single run.
+
+    Raises:
+        UserError: it does, or another command holds it; or a margin is of no endpoint.
+    """
+    results = Path(config.results or POOLED)
+    check_margins(config.margin)
+    check_pooled_folder(results)
+    with FolderLock(results):
+        remove_partials(results, results / "figures")
+        yield results
+
+
+def write_pool(config: Config, folders: Sequence[Path], results: Path, draw: Callable[[PooledRun], object]) -> dict[str, Any]:
+    """Pool finished trainings and write ``config.json``, what ``draw`` writes, and ``metrics.json``, whose content it returns.
+
+    Raises:
+        UserError: see :func:`pool_trainings`; what was written before stays.
+    """
+    metrics, record = pool_trainings(folders, results, config)
+    (results / "metrics.json").unlink(missing_ok=True)
+    write_json(results / "config.json", record)
+    draw(PooledRun(results, metrics, record))
+    write_json(results / "metrics.json", metrics)  # last: its presence says that the pool is finished
+    return metrics
+
+
+def pool_trainings(folders: Sequence[Path], results: Path, config: Config) -> Pool:
+    """Conclude from finished trainings together.
+
+    Args:
+        folders: of the trainings, in any order; at least two.
+        results: the folder of the pool; nothing is written.
+        config: its margins and resamples are used.
+
+    Returns:
+        The sealed metrics, and the record of how they were made.
+
+    Raises:
+        UserError: a training is unfinished, damaged or of another version, or they do not belong together.
+    """
+    trainings = sorted(map(read_training, folders), key=lambda training: training.result.seed)
+    check_together(trainings)
+    conclusion = conclude_trainings([training.result for training in trainings], config.resamples, config.margin)
+    notes = dict.fromkeys(training.metrics.get("data_note") for training in trainings)  # each once, in order
+    dices = [training.metrics["test"]["dice"] for training in trainings]
+    metrics = {
+        "schema_version": SCHEMA_VERSION,
+        "synthetic": any(training.metrics["synthetic"] for training in trainings),
+        "data_note": "; ".join(note for note in notes if note) or None,
+        "verdict": conclusion["sentence"],
+        "pooled": [
+            {"name": training.result.name, "seed": training.result.seed, "identity": training.metrics["identity"],
+             "dice": dice, "lambda": training.metrics["lambda"]}
+            for training, dice in zip(trainings, dices)
+        ],
+        "conclusion": conclusion,
+        "test": {"images": len(trainings[0].result.test.ids), "dice": float(np.mean(dices))},
+    }
+    metrics["warnings"] = [
+        {**warning, "text": f"{training.result.name}: {warning['text']}"}
+        for training in trainings for warning in training.metrics.get("warnings", ())
+    ]
+    if config.ensemble:
+        from experiment.ensemble import ensemble_numbers  # loads all that makes maps; here alone are maps read
+
+        metrics["ensemble"] = ensemble_numbers(
+            [training.folder for training in trainings], bins=int(trainings[0].record["configuration"]["bins"]),
+            resamples=config.resamples, seed=trainings[0].result.seed,
+        )
+    return Pool(seal(metrics), _record(trainings, results, config))
+
+
+def _record(trainings: Sequence[FinishedTraining], results: Path, config: Config) -> dict[str, Any]:
+    """What ``config.json`` of the pool holds: what the trainings share, where each lies, and with what all was made."""
+    first = trainings[0].record
+    keys = ("device", "device_name", "versions")
+    environments = [{key: training.record.get(key) for key in keys} for training in trainings]
+    asked = {name: getattr(config, name) for name in ("results", "pool", "margin", "resamples", "ensemble")}
+    packages = ("numpy", "scipy", "matplotlib")
+    return {
+        "configuration": {**first["configuration"], **asked, "seed": trainings[0].result.seed, "trainings": len(trainings)},
+        "pooled": [{"name": training.result.name, "folder": _seen_from(results, training.folder)} for training in trainings],
+        **{key: first.get(key) for key in ("synthetic", "images", "masks", "data_fingerprint", "split", "skipped")},
+        "environments": [entry for place, entry in enumerate(environments) if entry not in environments[:place]],
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _seen_from(results: Path, folder: Path) -> str:
+    """The path of a folder from the results folder where it lies inside, else from the root."""
+    inside, outside = folder.resolve(), results.resolve()
+    return inside.relative_to(outside).as_posix() if outside in inside.parents else os.fspath(inside)
