@@ -120,15 +120,33 @@ def exact_measures(test: Counters, score: str) -> dict[str, float]:
     }
 
 
-def draw(training: TrainingResult, resamples: int, seed: int) -> Drawn:
+def unit_weights(units: Sequence[str], resamples: int, seed: int) -> Array:
+    """How often each image is drawn where whole groups are, (R + 1, I); the first row is the split itself.
+
+    Args:
+        units: the group of each image; its own id where it stands for itself.
+        resamples: R.
+        seed: of the draws.
+
+    Example:
+        >>> drawn = unit_weights(["a", "b", "a"], resamples=3, seed=0)
+        >>> drawn[0].tolist(), bool((drawn[:, 0] == drawn[:, 2]).all())
+        ([1.0, 1.0, 1.0], True)
+    """
+    names, place = np.unique(np.array(units, dtype=str), return_inverse=True)
+    drawn = np.concatenate(list(bootstrap_weights(len(names), resamples, seed)))
+    return np.concatenate([total_weights(len(units)), drawn[:, place.ravel()]])
+
+
+def draw(training: TrainingResult, resamples: int, seed: int, groups: Mapping[str, str] | None = None) -> Drawn:
     """Measure one training on the split itself and on resampled images, with everything refitted.
 
     The same arguments draw the same images for every training.
     """
+    units = [[(groups or {}).get(id, id) for id in split.ids] for split in (training.validation, training.test)]
     data = Training.of(training.validation, training.test, training.fusion)
     validation_weights, test_weights = (
-        np.concatenate([total_weights(len(split.ids)), *bootstrap_weights(len(split.ids), resamples, seed + offset)])
-        for offset, split in enumerate((training.validation, training.test))
+        unit_weights(names, resamples, seed + offset) for offset, names in enumerate(units)
     )
     measured = resampled_measures(data, validation_weights, test_weights)
     values: dict[str, dict[str, float]] = {}
@@ -141,7 +159,7 @@ def draw(training: TrainingResult, resamples: int, seed: int) -> Drawn:
             value = exact.get(measure, float(approximate[0]))
             values[procedure][measure] = value
             samples[procedure][measure] = approximate[1:] + (value - approximate[0])
-    folds = folds_of(training.test.ids)
+    folds = folds_of(units[1])
     added = {
         region: gains(cross_fitted_auroc(training.test.images["error_cells"], folds, test_weights, region))
         for region in _ADDED.values()
@@ -156,7 +174,7 @@ def draw(training: TrainingResult, resamples: int, seed: int) -> Drawn:
 
 def conclude(
     trainings: Sequence[TrainingResult], *, resamples: int = 500, seed: int = 42,
-    margins: Mapping[str, float] | None = None, permutations: int = PERMUTATIONS,
+    margins: Mapping[str, float] | None = None, permutations: int = PERMUTATIONS, groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The verdict on what fusing does, from one or more trainings on the same images.
 
@@ -166,6 +184,8 @@ def conclude(
         seed: of the resamples.
         margins: of endpoints, in place of ``DEFAULT_MARGINS``.
         permutations: of the null of the error models; 0 leaves it out.
+        groups: from the id of an image to its group (a patient, a lesion), which is then what is drawn and what shares a
+            fold; an image without one stands for itself.
 
     Returns:
         Plain numbers for JSON: "sentence", "null_result", "notes", "endpoints", "controls", "measures", and how they
@@ -182,8 +202,10 @@ def conclude(
     unknown = set(margins or ()) - set(ENDPOINT_NAMES)
     if unknown:
         raise ValueError(f"there is no endpoint {min(unknown)}; there are {', '.join(ENDPOINT_NAMES)}")
-    drawn = [draw(training, resamples, seed) for training in trainings]
-    images = min(len(trainings[0].validation.ids), len(trainings[0].test.ids))
+    drawn = [draw(training, resamples, seed, groups) for training in trainings]
+    images = min(
+        len({(groups or {}).get(id, id) for id in split.ids}) for split in (trainings[0].validation, trainings[0].test)
+    )
     identical = all(training.fusion.parameter == 1.0 for training in trainings)
     endpoints = _endpoints(drawn, images, {**DEFAULT_MARGINS, **(margins or {})}, identical)
     notes = [ONE_TRAINING] if len(trainings) == 1 else []

@@ -10,7 +10,7 @@ import torch
 from constructed_maps import Images, make_images
 from sklearn.metrics import roc_auc_score
 
-from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, TrainingResult, conclude, draw, sentence
+from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, TrainingResult, conclude, draw, sentence, unit_weights
 from evaluation.protocol import count_splits
 from evaluation.tuning import tune
 
@@ -170,6 +170,19 @@ def test_margins_are_recorded_and_decide(three):
     assert wide["endpoints"][0]["margin"] == DEFAULT_MARGINS["foreground_ece"]
     with pytest.raises(ValueError, match="no endpoint auroc; there are foreground_ece"):
         conclude([three[0][0]], margins={"auroc": 1.0})
+
+
+def test_groups_are_drawn_whole(three):
+    found = three[0][0]
+    pairs = {id: f"patient {int(id[-4:]) // 2}" for id in (*found.validation.ids, *found.test.ids)}
+    weights = unit_weights([pairs[id] for id in found.test.ids], 50, 7)
+    np.testing.assert_array_equal(weights[:, 0::2], weights[:, 1::2])
+    assert (weights[1:].sum(1) == len(found.test.ids)).all() and len(np.unique(weights[1:])) > 2
+    alone, grouped = (conclude([found], resamples=60, permutations=0, groups=groups) for groups in (None, pairs))
+    for one, other in zip(alone["endpoints"], grouped["endpoints"]):
+        if not one["name"].startswith("added"):  # whose folds are other ones
+            assert one["value"] == other["value"]
+        assert one["image_se"] != other["image_se"]
 
 
 def test_trainings_have_to_share_their_images(three):
