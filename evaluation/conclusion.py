@@ -139,7 +139,7 @@ def unit_weights(units: Sequence[str], resamples: int, seed: int) -> Array:
 
 
 def draw(training: TrainingResult, resamples: int, seed: int, groups: Mapping[str, str] | None = None) -> Drawn:
-    """Measure one training on the split itself and on resampled images, with everything refitted.
+    """Measure one training on the split itself and on resampled images, with scale and lambda fitted again.
 
     The same arguments draw the same images for every training.
     """

@@ -33,7 +33,7 @@ PROCEDURE_NAMES = {
 
 HOW_TO_READ_ENDPOINTS = (
     "Differences are fused score minus predictive variance; the last two are the gain of a model of errors that knows "
-    "saliency variance over one that does not. Each resample of the images fits scales, λ and error models again. Better or "
+    "saliency variance over one that does not. Each resample of the validation images fits the scales and λ again. Better or "
     "worse: p, corrected by Holm's method, is below 5 %. Equivalent: the 90 % interval lies inside the margin. Undecided is "
     "no null result: it says how much more data would decide if the difference stayed what it is."
 )
