@@ -16,6 +16,7 @@ from reporting.formats import SYNTHETIC_NOTE, count, general, sentence_case, sig
 from reporting.pooled_charts import ENDPOINTS_FIGURE, draw_pooled_figures
 from reporting.quotes import Quotes
 from reporting.report import write_documents
+from reporting.sections import opening
 
 
 def draw_pooled(run: PooledRun) -> list[Path]:
@@ -57,17 +58,8 @@ def pooled_blocks(run: PooledRun) -> list[Block]:
 
 def _answer(run: PooledRun, quote: Quotes) -> list[Block]:
     """The verdict, the endpoints and the controls, and the table of contents."""
-    blocks: list[Block] = [
-        Heading(1, f"Fusing predictive and saliency variance: {run.folder.resolve().name}"),
-        Paragraph(quote("verdict", str), "lead"),
-    ]
-    if run.metrics["synthetic"]:
-        works = f"{SYNTHETIC_NOTE}. These numbers show that the pipeline works; they say nothing about patients."
-        blocks.append(Paragraph(works, "synthetic"))
-    if run.metrics.get("data_note"):
-        blocks.append(Paragraph(quote.fill("Data: {data_note:text}"), "note"))
     return [
-        *blocks,
+        *opening(run.folder, quote),
         Paragraph(quote.fill(
             "Pooled over {conclusion.trainings:count} trainings that differ in their seed alone, on the same "
             "{test.images:count} test images; mean test Dice {test.dice}. The intervals hold what another seed, other "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from evaluation.names import CONDITIONS_ON_TRUTH, HEADLINE, REFERENCE
 from experiment.saved_run import SavedRun, settings
@@ -63,19 +64,24 @@ OVERLAPS = {"dice": "Dice", "jaccard": "Jaccard", "thresholded_jaccard": "Jaccar
 # ---------------------------------------------------------------- the answer
 
 
-def answer(run: SavedRun, quote: Quotes) -> list[Block]:
-    """The verdict, the tables it rests on, and the table of contents."""
+def opening(folder: Path, quote: Quotes) -> list[Block]:
+    """The name of a run or of a pool, its verdict, and what a reader must know about the images."""
     blocks: list[Block] = [
-        Heading(1, f"Fusing predictive and saliency variance: {run.folder.resolve().name}"),
+        Heading(1, f"Fusing predictive and saliency variance: {folder.resolve().name}"),
         Paragraph(quote("verdict", str), "lead"),
     ]
-    if run.metrics["synthetic"]:
+    if quote.metrics["synthetic"]:
         works = f"{SYNTHETIC_NOTE}. These numbers show that the pipeline works; they say nothing about patients."
         blocks.append(Paragraph(works, "synthetic"))
-    if run.metrics.get("data_note"):
+    if quote.metrics.get("data_note"):
         blocks.append(Paragraph(quote.fill("Data: {data_note:text}"), "note"))
+    return blocks
+
+
+def answer(run: SavedRun, quote: Quotes) -> list[Block]:
+    """The verdict, the tables it rests on, and the table of contents."""
     return [
-        *blocks,
+        *opening(run.folder, quote),
         *conclusion_blocks(quote),
         Table("Foreground calibration error on the test set; lower is better",
               ("score", "λ", "ECE", "95 % interval", "minus predictive variance", "95 % interval", ""),
