@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.config import Config
+from runtime.config import IDENTITY_FIELDS, Config
 from runtime.errors import UserError
 from runtime.records import read_json, read_sealed
 
@@ -139,6 +139,6 @@ def settings(run: SavedRun | PooledRun) -> list[Setting]:
     """
     used = run.record.get("configuration", {})
     return [
-        Setting(name, used[name], default) for name, default in Config().experiment().items()
+        Setting(name, used[name], getattr(Config, name)) for name in IDENTITY_FIELDS
         if name in used and name != "synthetic_images"
     ]

@@ -12,7 +12,7 @@ from evaluation.fusion import Fusion
 from evaluation.normalisation import Linear
 from model import UNet
 from runtime.checkpoints import load_model, weights_fingerprint
-from runtime.config import Config
+from runtime.config import IDENTITY_FIELDS, Config
 from runtime.errors import UserError
 from runtime.records import fingerprint, read_json, read_sealed
 
@@ -43,7 +43,7 @@ def load_trained_run(folder: Path, device: torch.device) -> TrainedRun:
     config = Config.from_dict(record.get("configuration"), folder / "config.json")
     inputs = record.get("decides") or {}
     # the precision of training is recorded as "auto" was resolved
-    same = all(key == "amp" or inputs.get(key, value) == value for key, value in config.experiment().items())
+    same = all(key == "amp" or inputs.get(key) == getattr(config, key) for key in IDENTITY_FIELDS)
     if not same or record.get("identity") != fingerprint(inputs):
         raise UserError(f"{folder / 'config.json'} was changed after the run wrote it; run main.py again")
     fusion = fusion_of(metrics, folder / "metrics.json")

@@ -161,12 +161,18 @@ class Config:
             ) from error
 
     def experiment(self) -> dict[str, Any]:
-        """The fields that decide the numbers: what two runs must share to share results."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["decides"] != "nothing"}
+        """The fields that decide the numbers: what two runs must share to share results.
+
+        One that is None decides nothing and is left out, so that a run keeps its identity when a version adds a field.
+        """
+        values = {name: getattr(self, name) for name in IDENTITY_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 #: The flags that say something where finished runs are pooled.
 POOL_FLAGS = ("pool", "results", "margin", "resamples", "ensemble", "quiet", "json")
+#: The fields that decide the numbers.
+IDENTITY_FIELDS = tuple(item.name for item in fields(Config) if item.metadata["decides"] != "nothing")
 #: The fields that act after training: runs that differ in these alone can share weights.
 AFTER_TRAINING = tuple(item.name for item in fields(Config) if item.metadata["decides"] == "evaluation")
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from experiment.saved_run import Setting, load_run, read_table, settings
-from runtime.config import Config
+from runtime.config import IDENTITY_FIELDS, Config
 from runtime.errors import UserError
 
 
@@ -49,6 +49,6 @@ def test_settings_are_those_that_decide_the_numbers(saved):
     assert found["image_size"] == Setting("image_size", 32, 256)
     assert found["passes"] == Setting("passes", 30, 30)
     assert not found.keys() & {"device", "quiet", "resamples", "synthetic_images"}  # no number depends on them
-    assert list(found) == [name for name in Config().experiment() if name != "synthetic_images"]
+    assert list(found) == [name for name in IDENTITY_FIELDS if name != "synthetic_images"]
     assert settings(run._replace(record={})) == []
     assert settings(run._replace(record={"configuration": {"width": 4, "gone": 1}})) == [Setting("width", 4, 64)]

@@ -9,6 +9,7 @@ import pytest
 
 from runtime.config import AFTER_TRAINING, QUICK, SYNTHETIC, Config, parse_config
 from runtime.errors import UserError
+from runtime.records import fingerprint
 
 #: The fields that decide no number: where things lie, how fast, how much is said, how many resamples.
 NEUTRAL = {
@@ -157,10 +158,16 @@ def test_seven_fields_act_after_training():
 def test_the_experiment_is_all_but_what_decides_nothing():
     config = Config()
     experiment = config.experiment()
-    assert set(experiment) == {item.name for item in fields(Config)} - NEUTRAL
-    assert {"seed", "threshold", "amp", "limit", "augment", "split_seed", *AFTER_TRAINING} <= set(experiment)
+    assert set(experiment) == {item.name for item in fields(Config) if item.default is not None} - NEUTRAL
+    assert replace(config, limit=9).experiment() == {**experiment, "limit": 9}
+    assert {"seed", "threshold", "amp", "augment", "split_seed", *AFTER_TRAINING} <= set(experiment)
     neutral = replace(config, data="x", cache="y", results="z", resamples=100, quiet=True, device="cpu", workers=2, study=True,
                       trainings=3, margin={"brier": 0.1})
     assert neutral.experiment() == experiment
     changed = replace(config, passes=4, seed=7).experiment()
     assert {name: value for name, value in changed.items() if experiment[name] != value} == {"passes": 4, "seed": 7}
+
+
+def test_the_identity_of_the_default_experiment_is_what_it_was():
+    """A new field that changes this makes every weight and map of every finished run be made again."""
+    assert fingerprint(Config().experiment()) == "7bba811fd9d5f9bb19946bd02f480a18af44fc38397c573efd089ef30eebbf75"
