@@ -29,9 +29,6 @@ from runtime.signals import StopSignals
 # a wrong flag or --help is answered at once.
 if TYPE_CHECKING:
     from dataset import Data
-    from evaluation.counting import Counters
-    from evaluation.tuning import Tuned
-    from experiment.maps import SavedMaps
     from experiment.run import Run
     from model import UNet
     from runtime.processes import ProcessGroup
@@ -92,12 +89,10 @@ def run_experiment(config: Config) -> dict[str, Any]:
 def run_training(config: Config, results: Path, source: Source, data: Data, group: ProcessGroup) -> dict[str, Any]:
     """One training, from weights to its report; returns what its ``metrics.json`` holds."""
     from evaluation.fusion import lambda_grid
-    from evaluation.protocol import count_splits
     from evaluation.tuning import tune
-    from experiment.checks import warnings_of
     from experiment.maps import make_maps
+    from experiment.numbers import measure
     from experiment.results import claim_results
-    from reporting.console import show_warnings
     from runtime.checkpoints import weights_fingerprint
     from runtime.records import fingerprint
 
@@ -109,26 +104,13 @@ def run_training(config: Config, results: Path, source: Source, data: Data, grou
     validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
     tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
     test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
-    for part in (validation, test):
-        part.add_fused_scores(tuned.fusion, group)
 
-    counted = count_splits(tuned, validation.counted_by(group), test.counted_by(group), gather=group.gathered)
-    fallbacks = {part.folder.name: part.fallbacks(group) for part in (validation, test)}
-    ranges = {part.folder.name: part.ranges(group) for part in (validation, test)}
-
-    def finish() -> dict[str, Any]:
-        metrics, rows = evaluate(run, tuned, counted, validation, test)
-        for part, count in fallbacks.items():
-            metrics[part]["precision_fallbacks"] = count
-        metrics.update(
-            synthetic=source.synthetic, data_note=config.data_note, identity=run.identity, config_identity=claimed.identity,
-            skipped=[entry._asdict() for entry in data.skipped], minutes=(time.perf_counter() - started) / 60,
-            warnings=warnings_of(metrics, rows, config.passes, ranges),
-        )
-        show_warnings(metrics)
-        return finish_run(run, data, metrics, rows)
-
-    return group.shared(finish)
+    metrics, rows = measure(run, tuned, validation, test)
+    metrics.update(
+        synthetic=source.synthetic, data_note=config.data_note, identity=run.identity, config_identity=claimed.identity,
+        skipped=[entry._asdict() for entry in data.skipped], minutes=(time.perf_counter() - started) / 60,
+    )
+    return group.shared(lambda: finish_run(run, data, metrics, rows))
 
 
 def train_model(run: Run, data: Data) -> UNet:
@@ -163,41 +145,16 @@ def train_model(run: Run, data: Data) -> UNet:
     return result.model
 
 
-def evaluate(
-    run: Run, tuned: Tuned, counted: tuple[Counters, Counters], validation: SavedMaps, test: SavedMaps
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Save the counts, and compute every number from them: what ``metrics.json`` holds, and a row per image."""
-    from evaluation.detectors import detector_numbers
-    from evaluation.study import run_study
-    from evaluation.summary import per_image, summarise
-    from experiment.pooling import conclude_run
-    from experiment.results import write_counts
-
-    config = run.config
-    write_counts(run, *counted)
-    metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed)
-    metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted)
-    metrics["verdict"] = metrics["conclusion"]["sentence"]
-    if config.study or config.flips:
-        metrics["detectors"] = detector_numbers(
-            validation, test, tuned.fusion, bins=config.bins, resamples=config.resamples, seed=config.seed
-        )
-    if config.study:
-        metrics["study"] = run_study(
-            validation, test, bins=config.bins, lambdas=tuned.lambdas, resamples=config.resamples, seed=config.seed
-        )
-    stage("evaluation", f"lambda = {metrics['lambda']:g}, {config.resamples} resamples{', study' if config.study else ''}")
-    return metrics, per_image(counted[1])
-
-
 def finish_run(run: Run, data: Data, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the numbers, draw the figures and the report; returns the sealed metrics."""
     import numpy as np
 
     from experiment.saved_run import with_tables
+    from reporting.console import show_warnings
     from reporting.run_pictures import draw_run
     from runtime.records import seal, write_csv, write_json
 
+    show_warnings(metrics)
     write_csv(run.results / "per_image.csv", rows)
     paths = draw_run(with_tables(run.results, metrics), lambda id: np.array(data.pairs.image(id)))
     stage("figures", f"{len(paths) - 2} figures, report.html and report.md")

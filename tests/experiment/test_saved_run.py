@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from experiment.saved_run import Setting, load_run, read_table, settings
-from runtime.config import IDENTITY_FIELDS, Config
+from runtime.config import IDENTITY_FIELDS
 from runtime.errors import UserError
 
 
