@@ -21,6 +21,8 @@ from runtime.errors import UserError
 UPSAMPLINGS = ("bilinear", "transposed")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 CAM_SCORES = ("all", "predicted")
+#: The layers of the U-Net that Grad-CAM can weigh.
+UNET_LAYERS = ("encoder4", "bottleneck")
 
 
 def _option(
@@ -65,6 +67,13 @@ class Config:
     images: str | None = _setting(None, "folder of images with any names; needs --masks", "data")
     masks: str | None = _setting(None, "folder of masks named like --images, or with _segmentation, _lesion or _mask added", "data")
     download: bool = _setting(False, "fetch the two official ISIC 2018 Task 1 archives into data/ISIC2018 first", "data", bool)
+    maps: list[str] | None = _setting(None, "judge maps instead of training: two folders of .npz, of validation and of test images; see docs/OWN_MAPS.md", "data", nargs=2, metavar=("VALIDATION", "TEST"))
+    scores: list[str] | None = _setting(None, "with --maps: the arrays that hold the two scores, the one that is judged and the one that may add to it [pred_variance saliency_variance]", "data", nargs=2, metavar=("FIRST", "SECOND"))
+    test_data: list[str] | None = _setting(None, "another test set, a folder in the ISIC 2018 layout or with images/ and masks/, on which nothing is fitted; may be repeated", "data", action="append", metavar="DIR")
+    test_images: list[str] | None = _setting(None, "another test set: folder of images with any names; needs --test-masks; may be repeated", "data", action="append", metavar="DIR")
+    test_masks: list[str] | None = _setting(None, "folder of the masks of each --test-images, in the same order", "data", action="append", metavar="DIR")
+    split: str | None = _setting(None, "CSV file with the columns id and part (training, validation or test) instead of a split by chance", "data", metavar="FILE")
+    groups: str | None = _setting(None, "CSV file with the columns id and group (patient, lesion): no group is split, and resamples draw groups", "data", metavar="FILE")
     limit: int | None = _option(None, "use only N images, evenly spaced over the sorted ids", "data", int, low=8)
     skip_bad: bool = _setting(False, "leave out pairs that are broken or incomplete, and list them; the split of the others stays", "data", bool)
     cache: str | None = _setting(None, "folder for the decoded-image cache [data/cache]", "data")
@@ -77,6 +86,10 @@ class Config:
 
     width: int = _option(64, "channels of the first encoder block; the others have 2, 4 and 8 times as many", "model", int, low=2, high=1024)
     dropout: float = _option(0.2, "dropout probability", "model", float, above=0, below=1)
+    model: str | None = _option(None, "another network: package:function, a factory that takes no argument and returns an nn.Module; see docs/EXTENDING.md", "model", metavar="PACKAGE:FUNCTION")
+    output: str | None = _option(None, "with --model: the key or the index of the logits in what the network returns [the logits themselves, or 'out']", "model", metavar="KEY")
+    insert_dropout: float | None = _option(None, "with --model: add dropout of this probability after the blocks of the decoder", "model", float, above=0, below=1, metavar="P")
+    model_weights: str | None = _setting(None, "with --model: file of a state dictionary; the network is evaluated as it is instead of trained", "model", metavar="FILE")
     upsampling: str = _option("bilinear", "how the decoder upsamples", "model", choices=UPSAMPLINGS)
 
     epochs: int = _option(50, "most epochs to train", "training", int, low=1)
@@ -93,7 +106,7 @@ class Config:
     workers: int = _setting(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
     passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)
-    target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs", "uncertainty", choices=("encoder4", "bottleneck"))
+    target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs: encoder4 or bottleneck of the U-Net, the path of a module with --model", "uncertainty", metavar="LAYER")
     precision: str = _after("auto", "precision of the maps; auto: fp32", "uncertainty", choices=PRECISIONS)
     cam_scale: str = _after("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
     cam_score: str = _after("all", "logits that the score of Grad-CAM sums: all, or those of the lesion that the pass predicts", "uncertainty", choices=CAM_SCORES)
@@ -131,6 +144,18 @@ class Config:
             raise UserError("give either --data or --images with --masks, not both")
         if self.download and (self.images is not None or self.data is not None):
             raise UserError("--download fetches into data/ISIC2018; leave --data, --images and --masks out")
+        if self.model is None:
+            needless = [_flag_name(name) for name in ("output", "insert_dropout", "model_weights") if getattr(self, name) is not None]
+            if needless:
+                raise UserError(f"{needless[0]} is about a network of your own: name it with --model package:function")
+            if self.target_layer not in UNET_LAYERS:
+                raise UserError(f"--target-layer must be one of {', '.join(UNET_LAYERS)} for the U-Net, not {self.target_layer!r}")
+        if self.model_weights is not None and self.weights_from is not None:
+            raise UserError("give --model-weights or --weights-from, not both")
+        if len(self.test_images or ()) != len(self.test_masks or ()):
+            raise UserError("--test-images and --test-masks go together: give as many of one as of the other")
+        if self.scores is not None and self.maps is None:
+            raise UserError("--scores names arrays of --maps; give both")
         if self.pool is not None and len(self.pool) < 2:
             raise UserError(f"--pool pools at least two finished runs, not {self.pool[0] if self.pool else 'none'} alone")
         if self.ensemble and self.pool is None and self.trainings < 2:
@@ -171,6 +196,11 @@ class Config:
 
 #: The flags that say something where finished runs are pooled.
 POOL_FLAGS = ("pool", "results", "margin", "resamples", "ensemble", "quiet", "json")
+#: The flags that say something where maps are judged that something else made.
+MAPS_FLAGS = (
+    "maps", "scores", "groups", "data_note", "threshold", "bins", "lambda_steps", "resamples", "study", "margin", "results",
+    "seed", "fresh", "quiet", "json", "device",
+)
 #: The fields that decide the numbers.
 IDENTITY_FIELDS = tuple(item.name for item in fields(Config) if item.metadata["decides"] != "nothing")
 #: The fields that act after training: runs that differ in these alone can share weights.
@@ -247,6 +277,9 @@ def parse_config(argv: Sequence[str] | None, description: str | None, preset: Ma
     idle = [_flag_name(name) for name in given if name not in POOL_FLAGS]
     if "pool" in given and idle:
         raise UserError(f"--pool reads finished runs and trains nothing; leave {', '.join(idle)} out")
+    idle = [_flag_name(name) for name in given if name not in MAPS_FLAGS]
+    if "maps" in given and idle:
+        raise UserError(f"--maps judges maps that are there and makes none; leave {', '.join(idle)} out")
     if preset is None:
         preset = QUICK if given.get("quick") else {}
     return Config(**{**preset, **given})

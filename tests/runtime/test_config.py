@@ -15,7 +15,7 @@ from runtime.records import fingerprint
 NEUTRAL = {
     "data", "images", "masks", "download", "skip_bad", "cache", "data_note", "weights_from", "workers", "resamples", "study",
     "results", "fresh", "quiet", "json", "device", "quick", "margin", "trainings", "pool",
-    "flips", "ensemble",
+    "flips", "ensemble", "maps", "scores", "test_data", "test_images", "test_masks", "split", "groups", "model_weights",
 }
 
 
@@ -33,7 +33,7 @@ def test_every_field_is_a_flag_with_a_line_of_help(capsys):
     text = capsys.readouterr().out
     for item in fields(Config):
         assert "--" + item.name.replace("_", "-") in text
-        assert item.metadata["help"] and len(item.metadata["help"]) < 110
+        assert item.metadata["help"] and len(item.metadata["help"]) < 140
     assert "--margin NAME=VALUE" in text and "--pool RUN [RUN ...]" in text
 
 
@@ -42,15 +42,23 @@ def test_every_flag_sets_its_field():
         "int": ("48", 48), "float": ("0.25", 0.25), "bool": (None, True), "str": ("x", "x"),
         "_margin": ("brier=0.25", {"brier": 0.25}),
     }
-    special = {"download": {}, "seed": {}, "ensemble": {"trainings": "2"}, "images": {"masks": "y"}, "masks": {"images": "y"}}
+    special = {
+        "ensemble": {"trainings": "2"}, "images": {"masks": "y"}, "masks": {"images": "y"},
+        "test_images": {"test-masks": "y"}, "test_masks": {"test-images": "y"},
+        "output": {"model": "a:b"}, "insert_dropout": {"model": "a:b"}, "model_weights": {"model": "a:b"},
+    }
     for item in fields(Config):
-        if item.name == "pool":  # which takes several words
+        if "nargs" in item.metadata:  # which takes several words
             continue
         word, value = other[item.metadata["type"].__name__]
         if "choices" in item.metadata:
             word = value = item.metadata["choices"][-1]
         if item.name == "resamples":
             word, value = "480", 480
+        if item.name == "target_layer":
+            word = value = "bottleneck"
+        if item.name.startswith("test_") and item.metadata.get("action") == "append":
+            value = [value]
         flag = "--" + item.name.replace("_", "-")
         beside = [text for name, text in special.get(item.name, {}).items() for text in (f"--{name}", text)]
         config = parse_config([flag, *([] if word is None else [word]), *beside], "", {})
@@ -99,6 +107,12 @@ def test_a_preset_that_is_named_takes_the_place_of_quick_and_gives_way_too():
         (["--pool", "a"], "--pool pools at least two finished runs, not a alone"),
         (["--pool", "a", "b", "--epochs", "3", "--device", "cpu"], "trains nothing; leave --epochs, --device out"),
         (["--pool", "a", "b", "--trainings", "2"], "leave --trainings out"),
+        (["--maps", "v", "t", "--epochs", "3"], "--maps judges maps that are there and makes none; leave --epochs out"),
+        (["--scores", "a", "b"], "--scores names arrays of --maps; give both"),
+        (["--test-images", "x"], "--test-images and --test-masks go together"),
+        (["--target-layer", "decoder1"], "--target-layer must be one of encoder4, bottleneck for the U-Net, not 'decoder1'"),
+        (["--insert-dropout", "0.1"], "--insert-dropout is about a network of your own: name it with --model"),
+        (["--model", "a:b", "--model-weights", "x", "--weights-from", "y"], "--model-weights or --weights-from, not both"),
         (["--margin", "brier"], "'brier' is not of the form NAME=VALUE, such as brier=0.001"),
         (["--margin", "brier=much"], "'brier=much' is not of the form NAME=VALUE"),
         (["--margin", "=0.1"], "'=0.1' is not of the form NAME=VALUE"),
