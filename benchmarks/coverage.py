@@ -30,18 +30,18 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from evaluation.added import SHAPE, SURENESS_EDGES, cross_fitted_auroc, folds_of
-from evaluation.conclusion import ENDPOINTS
+from evaluation.added import REGIONS, SHAPE, SURENESS_EDGES, cross_fitted_auroc, folds_of
+from evaluation.conclusion import ENDPOINTS, unit_weights
 from evaluation.crossed import LEVEL, Estimate, crossed_estimate, holm, outcome
-from evaluation.effects import Joint, Training, resampled_measures
+from evaluation.effects import MEASURES, Joint, Training, resampled_measures
 
 VALIDATION, TEST, SIDE = 60, 120, 16  # images, pixels per side
 CELLS = 24
 TRAININGS = (1, 3, 10)
 LAMBDAS = tuple(k / 10 for k in range(11))
 RESAMPLES = 200
-SCENARIOS = {"noise": 0.0, "informative": 0.35}  # what saliency variance knows about the errors
-MEASURED = ("foreground_ece", "brier", "error_auroc", "image_aurc", "added_auroc_whole_image")
+SCENARIOS = {"noise": 0.0, "informative": 0.35, "small_gain": 0.23}  # what saliency variance knows about the errors
+MEASURED = (*MEASURES, *(f"added_auroc_{region}" for region in REGIONS))
 EDGES = (np.arange(CELLS + 1) / CELLS) ** 4
 
 
@@ -118,9 +118,7 @@ def repetition(task: tuple[str, int]) -> dict[str, Any]:
     scenario, number = task
     rng = np.random.default_rng([number, list(SCENARIOS).index(scenario)])
     validation, test = Images(VALIDATION, rng), Images(TEST, rng)
-    weights = [
-        np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)]) for n in (VALIDATION, TEST)
-    ]
+    weights = [unit_weights([str(i) for i in range(n)], RESAMPLES, 2 * number + n) for n in (VALIDATION, TEST)]
     folds = folds_of([str(i) for i in range(TEST)])
     values: dict[str, list[float]] = {name: [] for name in MEASURED}
     samples: dict[str, list[np.ndarray]] = {name: [] for name in MEASURED}
@@ -133,8 +131,9 @@ def repetition(task: tuple[str, int]) -> dict[str, Any]:
         zero = np.zeros(len(LAMBDAS))
         training = Training(fitted, measured, dice_of(maps[1]), (zero, zero), LAMBDAS, 15)
         found = _differences(training, weights[0], weights[1])
-        gained = cross_fitted_auroc(errors, folds, weights[1], "whole_image")
-        found["added_auroc_whole_image"] = gained["saliency_variance"] - gained["predictive_variance"]
+        for region in REGIONS:
+            gained = cross_fitted_auroc(errors, folds, weights[1], region)
+            found[f"added_auroc_{region}"] = gained["saliency_variance"] - gained["predictive_variance"]
         for name in MEASURED:
             values[name].append(float(found[name][0]))
             samples[name].append(found[name][1:])
@@ -146,7 +145,7 @@ def repetition(task: tuple[str, int]) -> dict[str, Any]:
 
 def _differences(training: Training, validation: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
     found = resampled_measures(training, validation, test, ("predictive_variance", "fused"))
-    return {name: found["fused"][name] - found["predictive_variance"][name] for name in MEASURED[:4]}
+    return {name: found["fused"][name] - found["predictive_variance"][name] for name in MEASURES}
 
 
 # ---------------------------------------------------------------- the table
@@ -181,7 +180,7 @@ def summarise(studies: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "trainings": trainings, "endpoint": name, "truth": truth[name], "coverage": covered, "false": false,
                 "found": found, "mean_width": width,
             }
-    for name in MEASURED[:4]:
+    for name in MEASURES:
         held = [study["old"][name][0] <= truth[name] <= study["old"][name][1] for study in studies]
         rows[1, name]["old_coverage"] = float(np.mean(held))
     return list(rows.values())

@@ -7,9 +7,10 @@ images, so that seeds and images are crossed, not nested. With `d_s` the paired 
     Var(mean_s d_s) = seed / S + images,
 
 where *seed* is the variance between trainings on the same images and *images* that of the mean over trainings when the
-images of both splits are drawn again. The first is the sample variance of the `d_s`; the second comes from a bootstrap in
-which all trainings see the same draw. A little is counted twice, the part of the images' influence that differs between
-trainings; leaving it in makes intervals slightly too wide rather than too narrow for few trainings.
+images of both splits are drawn again. The first is the sample variance of the `d_s`. The second comes from resamples in which
+all trainings see the same draw: the variance of their mean, less the part of it that differs between trainings (the
+interaction of seed and images, divided by S), which the first holds already. These are the estimators of the crossed
+random-effects model of two factors (Searle, Casella & McCulloch, *Variance Components*, 1992).
 
 Shapes: S trainings, R resamples.
 """
@@ -37,7 +38,7 @@ class Estimate:
     Attributes:
         value: the mean of the trainings' differences.
         seed_variance: between trainings on the same images; NaN for a single training.
-        image_variance: of the mean when validation and test images are drawn again.
+        image_variance: of the mean when validation and test images are drawn again, as far as all trainings share it.
         trainings: S.
         image_degrees: degrees of freedom of the image part, the smaller number of images less one.
     """
@@ -94,17 +95,25 @@ def crossed_estimate(values: Sequence[float] | Array, samples: Array, images: in
         images: the smaller number of images (or groups of images) that were drawn from.
 
     Returns:
-        The estimate. Any NaN among the values, as of an empty region, makes all of it NaN.
+        The estimate. Any NaN among the values, as of an empty region, makes all of it NaN. Of a single training the part
+        of the images cannot be divided, and all of it counts.
 
     Example:
         >>> found = crossed_estimate([0.01, 0.03], np.array([[0.01, 0.03], [0.03, 0.05]]), images=50)
-        >>> round(found.value, 4), round(found.seed_variance, 6), round(found.image_variance, 6)
+        >>> round(found.value, 4), round(found.seed_variance, 6), round(found.image_variance, 6)  # both move alike
         (0.02, 0.0002, 0.0002)
+        >>> opposite = crossed_estimate([0.01, 0.03], np.array([[0.01, 0.05], [0.03, 0.03]]), images=50)
+        >>> opposite.image_variance  # the images move the trainings apart, and their mean not at all
+        0.0
     """
     values, samples = np.asarray(values, float), np.asarray(samples, float)
     known = samples[~np.isnan(samples).any(1)]
     image_variance = float(known.mean(1).var(ddof=1)) if len(known) > 1 else math.nan
     seed_variance = float(values.var(ddof=1)) if len(values) > 1 else math.nan
+    if len(values) > 1 and len(known) > 1:
+        apart = known - known.mean(1, keepdims=True)
+        interaction = float(apart.var(0, ddof=1).sum()) / (len(values) - 1)
+        image_variance = max(image_variance - interaction / len(values), 0.0)
     return Estimate(float(values.mean()), seed_variance, image_variance, len(values), max(images - 1, 1))
 
 

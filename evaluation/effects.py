@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,19 @@ from evaluation.counting import Counters
 from evaluation.fusion import Fusion
 from evaluation.image_ranking import confusion
 from evaluation.joint import CELL_POWER, VARIANTS
+from evaluation.measures import recalibrated_measures
 from evaluation.overlap import overlap_of_outcomes
+from evaluation.parallel import in_threads
 from evaluation.ranking import auroc
+from evaluation.recalibration import isotonic
 from evaluation.tuning import lambda_errors
 
 #: Foreground ECE, Brier score and error AUROC over the whole image, area under the risk-coverage curve of images.
 MEASURES = ("foreground_ece", "brier", "error_auroc", "image_aurc")
+#: The same two errors and the log loss after isotonic recalibration, which each resample fits again; exploratory.
+RECALIBRATED = ("foreground_ece_isotonic", "brier_isotonic", "log_loss_isotonic")
+#: Bins of equal numbers of pixels to which the isotonic map is fitted.
+RECALIBRATION_BINS = 100
 PROCEDURES = ("predictive_variance", "fused", "placebo_other_image", "placebo_shuffled", "placebo_constant", "tuned_scale")
 _VARIANT = {"placebo_other_image": VARIANTS.index("other_image"), "placebo_shuffled": VARIANTS.index("shuffled")}
 #: What ``tuned_scale`` may multiply the normalised predictive variance by: 1 to 100 in ten equal ratios.
@@ -199,7 +207,8 @@ def image_aurc(uncertainty: Array, risk: Array, weights: Array) -> Array:
 
 
 def resampled_measures(
-    training: Training, validation_weights: Array, test_weights: Array, procedures: tuple[str, ...] = PROCEDURES
+    training: Training, validation_weights: Array, test_weights: Array, procedures: tuple[str, ...] = PROCEDURES,
+    recalibrated: tuple[str, ...] = (),
 ) -> dict[str, dict[str, Array]]:
     """The measures of every procedure, refitted on each resample of the validation images.
 
@@ -207,10 +216,12 @@ def resampled_measures(
         training: whose.
         validation_weights, test_weights: how often each image was drawn, (R, I) of each split.
         procedures: some of ``PROCEDURES``.
+        recalibrated: those of them that are also measured after recalibration.
 
     Returns:
-        By procedure, the measures of ``MEASURES`` (R,), and "tuned" (R,): lambda, or the factor of ``tuned_scale``.
-        NaN where a resample holds no pixel of a measure's region. Approximate to the width of a cell.
+        By procedure, the measures of ``MEASURES`` (R,), and "tuned" (R,): lambda, or the factor of ``tuned_scale``; those
+        of ``RECALIBRATED`` where they are asked for. NaN where a resample holds no pixel of a measure's region.
+        Approximate to the width of a cell.
     """
     result: dict[str, dict[str, Array]] = {}
     by_variant: dict[int, list[str]] = {}
@@ -221,10 +232,10 @@ def resampled_measures(
         measured = _summed(training.test, variant, test_weights)
         for procedure in members:
             offsets = _offsets(training) if procedure == "fused" else (0.0, 0.0)
-            found = {name: np.full(len(test_weights), np.nan) for name in (*MEASURES, "tuned")}
-            for scale in _scales(training.validation, validation_weights):
-                _measure(training, procedure, variant, scale, fitted[scale.rows], measured[scale.rows],
-                         test_weights[scale.rows], offsets, found)
+            names = (*MEASURES, "tuned", *(RECALIBRATED if procedure in recalibrated else ()))
+            found = {name: np.full(len(test_weights), np.nan) for name in names}
+            work = partial(_measure, training, procedure, variant, fitted, measured, test_weights, offsets, found)
+            in_threads(work, _scales(training.validation, validation_weights))  # each scale has rows of its own
             result[procedure] = found
     return result
 
@@ -247,18 +258,17 @@ def _summed(joint: Joint, variant: int, weights: Array) -> Array:
 
 
 def _measure(
-    training: Training, procedure: str, variant: int, scale: _Scale, fitted: Array, measured: Array, weights: Array,
-    offsets: tuple[Array | float, Array | float], found: dict[str, Array],
+    training: Training, procedure: str, variant: int, fitted: Array, measured: Array, weights: Array,
+    offsets: tuple[Array | float, Array | float], found: dict[str, Array], scale: _Scale,
 ) -> None:
     """Fit and measure the resamples that share one scale, and enter the measures at their rows."""
     validation, test = training.validation, training.test
+    fitted, measured, weights = fitted[scale.rows], measured[scale.rows], weights[scale.rows]
     normalised = _normalised(validation, scale)
     pixels = fitted.sum((0, 1)).reshape(len(normalised[0]), -1)
     constant = float((pixels.sum(0) @ normalised[1]) / max(pixels.sum(), 1.0))
-    curve = _expected_error(
-        scores_of_cells(procedure, *normalised, training.lambdas, constant), fitted[:, 2], fitted[:, 3], training.bins
-    )
-    curve = curve + offsets[0]
+    fitted_scores = scores_of_cells(procedure, *normalised, training.lambdas, constant)
+    curve = _expected_error(fitted_scores, fitted[:, 2], fitted[:, 3], training.bins) + offsets[0]
     last = curve.shape[1] - 1
     chosen = last - np.argmin(np.where(np.isnan(curve), np.inf, curve)[:, ::-1], axis=1)  # a tie goes to the larger
     scores = scores_of_cells(procedure, *_normalised(test, scale), training.lambdas, constant)
@@ -274,6 +284,46 @@ def _measure(
         found["error_auroc"][rows] = _error_auroc(score, counts)
         found["image_aurc"][rows] = image_aurc(whole @ score / whole.sum(1), 1.0 - training.dice, weights[mine])
         found["tuned"][rows] = tuned[index]
+        if RECALIBRATED[0] in found:
+            errors = _recalibrated(
+                (fitted_scores[index], score), (fitted[mine], counts), training.bins, 0.5 / len(validation.counts)
+            )
+            for name, values in errors.items():
+                found[name][rows] = values
+
+
+def _recalibrated(
+    scores: tuple[Array, Array], counts: tuple[Array, Array], bins: int, smallest: float
+) -> dict[str, Array]:
+    """The errors of ``RECALIBRATED``, (G,) each, of one score.
+
+    Args:
+        scores: of the cells of validation and of test, (M,) each.
+        counts: pixels of both splits by outcome and cell, (G, 4, M) each.
+        bins: equal-width bins of the ECE.
+        smallest: see :func:`measures.recalibrated_measures`.
+    """
+    order = np.argsort(scores[0], kind="stable")
+    cumulated = np.cumsum(counts[0].sum((0, 1))[order])
+    last = np.searchsorted(cumulated, cumulated[-1] * np.arange(1, RECALIBRATION_BINS) / RECALIBRATION_BINS)
+    edges = np.unique(scores[0][order][last])
+    binned = []  # of both splits, (G, 4, Q)
+    for score, pixels in zip(scores, counts):
+        one_hot = np.searchsorted(edges, score)[:, None] == np.arange(len(edges) + 1)
+        binned.append(pixels @ one_hot.astype(pixels.dtype))
+    (fitted, measured), position = binned, np.arange(len(edges) + 1.0)
+    found: dict[str, Array] = {}
+    for region, wrong, correct in (("foreground", [2], [3]), ("whole_image", [1, 2], [0, 3])):
+        right, errors = fitted[:, correct].sum(1), fitted[:, wrong].sum(1)
+        confidence = np.stack([isotonic(*row, position) for row in zip(right, errors)])
+        measures = recalibrated_measures(
+            measured[:, correct].sum(1), measured[:, wrong].sum(1), confidence, bins, smallest
+        )
+        if region == "foreground":
+            found["foreground_ece_isotonic"] = measures["ece"]
+        else:
+            found.update(brier_isotonic=measures["brier"], log_loss_isotonic=measures["log_loss"])
+    return found
 
 
 def total_weights(images: int) -> Array:

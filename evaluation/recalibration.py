@@ -36,12 +36,10 @@ def isotonic(correct: Array, wrong: Array, uncertainty: Array) -> Array:
     used = size > 0
     if not used.any():
         return np.full(len(size), np.nan)
-    from sklearn.isotonic import IsotonicRegression  # here, as loading scikit-learn takes seconds
+    from sklearn.isotonic import isotonic_regression  # here, as loading scikit-learn takes seconds
 
-    position = np.arange(len(size), dtype=float)
-    model = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=False, out_of_bounds="clip")
-    model.fit(position[used], correct[used] / size[used], sample_weight=size[used])
-    return np.asarray(model.predict(position))
+    fitted = isotonic_regression(correct[used] / size[used], sample_weight=size[used], increasing=False)
+    return np.interp(np.arange(len(size)), np.flatnonzero(used), fitted)
 
 
 def platt(correct: Array, wrong: Array, uncertainty: Array) -> Array:

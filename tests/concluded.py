@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.added import REGIONS
 from evaluation.conclusion import CONTROLS, ENDPOINTS
 from evaluation.counting import Counters
-from evaluation.effects import MEASURES, PROCEDURES
+from evaluation.effects import MEASURES, PROCEDURES, RECALIBRATED
 from experiment.pooling import NEEDED
 from experiment.saved_run import PooledRun, load_pooled
 from runtime.config import Config
@@ -43,7 +44,22 @@ def conclusion_of(seeds: Sequence[int] = (42,), margins: Mapping[str, float] | N
          "by_training": [(row - column) / 256] * count, "tuned": [row / 8 + index / 64 for index in range(count)]}
         for row, (other, label) in enumerate(CONTROLS.items()) for column, measure in enumerate(MEASURES)
     ]
+    added = {
+        region: {
+            **{
+                name: {"value": (row + column + 1) / 512, "interval": [(row + column) / 512, (row + column + 2) / 512],
+                       "by_training": [(row + column + 1) / 512] * count}
+                for column, name in enumerate(("predictive_variance", "saliency_variance"))
+            },
+            "permutation_null": {"mean": 0.001, "largest": 0.002, "p_value": 1 / 21, "permutations": 20} if row else None,
+        } for row, region in enumerate(REGIONS)
+    }
+    recalibrated = [
+        {"measure": measure, "lower_is_better": True, "value": row / 128, "interval": [row / 128 - 1 / 64, row / 128 + 1 / 64],
+         "by_training": [row / 128] * count} for row, measure in enumerate(RECALIBRATED)
+    ]
     return {
+        "added": added, "recalibrated": recalibrated,
         "trainings": count, "seeds": list(seeds), "resamples": 1000, "level": 0.95, "equivalence_level": 0.9,
         "sentence": f"Made up: foreground ECE is better in {count}.", "null_result": False,
         "notes": ["One training: made up."] if count == 1 else [],

@@ -11,6 +11,7 @@ from constructed_maps import Images, make_images
 from sklearn.metrics import roc_auc_score
 
 from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, TrainingResult, conclude, draw, sentence, unit_weights
+from evaluation.measures import score_table
 from evaluation.protocol import count_splits
 from evaluation.tuning import tune
 
@@ -98,7 +99,8 @@ def test_intervals_come_from_the_trainings_and_the_shared_images(three, conclude
     drawn = [draw(found, 100, 42) for found, _, _ in three]
     row = concluded["endpoints"][1]
     samples = np.stack([one.samples["fused"]["brier"] - one.samples["predictive_variance"]["brier"] for one in drawn], 1)
-    assert row["image_se"] == pytest.approx(np.std(samples.mean(1), ddof=1))
+    apart = (samples - samples.mean(1, keepdims=True)).var(0, ddof=1).sum() / 2
+    assert row["image_se"] ** 2 == pytest.approx(max(samples.mean(1).var(ddof=1) - apart / 3, 0))
     error = np.sqrt(row["seed_sd"] ** 2 / 3 + row["image_se"] ** 2)
     assert row["interval"][1] - row["value"] > 1.96 * error  # Student's, with few trainings
     assert row["interval_90"][0] > row["interval"][0] and row["interval_90"][1] < row["interval"][1]
@@ -112,7 +114,7 @@ def test_it_can_be_written_as_json(concluded):
     assert [row["name"] for row in concluded["endpoints"]] == list(ENDPOINT_NAMES)
     assert concluded["seeds"] == [42, 43, 44] and concluded["notes"] == []
     assert len(concluded["controls"]) == 16 and len(concluded["lambda"]) == 3
-    assert concluded["sentence"] == sentence(concluded["endpoints"], 3)
+    assert concluded["sentence"] == sentence(concluded["endpoints"], 3, concluded["controls"])
 
 
 def test_noise_is_never_called_better():
@@ -172,12 +174,35 @@ def test_margins_are_recorded_and_decide(three):
         conclude([three[0][0]], margins={"auroc": 1.0})
 
 
+@pytest.mark.parametrize("images", (24, 25))
+def test_halves_have_the_variance_of_a_mean(images):
+    """Of a mean over n images it is s^2 / n, exactly, where n is even; (n - 1) / n of that where it is odd."""
+    values = np.random.default_rng(3).gamma(2.0, 1.0, images)
+    weights = unit_weights([f"{i:03d}" for i in range(images)], 40_000, seed=5)[1:]
+    np.testing.assert_array_equal(weights.sum(1), images)
+    expected = values.var(ddof=1) / images * (1 if images % 2 == 0 else (images - 1) / images)
+    assert (weights @ values / images).var() == pytest.approx(expected, rel=0.03)
+    without_the_largest = (weights[:, np.argmax(values)] == 0).mean()
+    assert without_the_largest == pytest.approx((images // 2) / images, abs=0.01)
+
+
+def test_recalibrated_values_are_those_of_the_tables(three):
+    found = [one for one, _, _ in three]
+    rows = conclude(found, resamples=60, permutations=0)["recalibrated"]
+    tables = [score_table(one.validation, one.test, 100, 42) for one in found]
+    for row, (region, measure) in zip(rows, (("foreground", "ece"), ("whole_image", "brier"), ("whole_image", "log_loss"))):
+        key = (region, "isotonic", measure)
+        expected = [table.value(key, "fused") - table.value(key, "predictive_variance") for table in tables]
+        np.testing.assert_allclose(row["by_training"], expected, atol=1e-12)
+        assert row["interval"][0] < row["value"] < row["interval"][1]
+
+
 def test_groups_are_drawn_whole(three):
     found = three[0][0]
     pairs = {id: f"patient {int(id[-4:]) // 2}" for id in (*found.validation.ids, *found.test.ids)}
     weights = unit_weights([pairs[id] for id in found.test.ids], 50, 7)
     np.testing.assert_array_equal(weights[:, 0::2], weights[:, 1::2])
-    assert (weights[1:].sum(1) == len(found.test.ids)).all() and len(np.unique(weights[1:])) > 2
+    assert (weights[1:].sum(1) == len(found.test.ids)).all() and set(np.unique(weights[1:])) == {0.0, 2.0}
     alone, grouped = (conclude([found], resamples=60, permutations=0, groups=groups) for groups in (None, pairs))
     for one, other in zip(alone["endpoints"], grouped["endpoints"]):
         if not one["name"].startswith("added"):  # whose folds are other ones
@@ -191,3 +216,21 @@ def test_trainings_have_to_share_their_images(three):
         conclude([three[0][0], other])
     with pytest.raises(ValueError, match="no training"):
         conclude([])
+
+
+def test_an_improvement_that_a_placebo_has_as_well_is_said_to_be_none_of_saliency(three):
+    rows = conclude([found for found, _, _ in three], resamples=60, permutations=0)
+    first = {**rows["endpoints"][0], "outcome": "better", "value": -0.25, "interval": [-0.5, -0.125]}
+    endpoints = [first, *rows["endpoints"][1:]]
+
+    def said(*placebos):
+        return sentence(endpoints, 3, [
+            {"name": f"fused_minus_{name}", "measure": measure, "interval": [-1.0, high]}
+            for name, high in placebos for measure in ("foreground_ece", "brier")
+        ])
+
+    words = said(("placebo_shuffled", 0.25), ("placebo_constant", -0.125), ("placebo_other_image", 0.0), ("tuned_scale", 1.0))
+    assert "A placebo does as well (shuffled pixels, another image's map in place of saliency), so that" in words
+    assert "placebo" not in said(("placebo_shuffled", -0.25), ("tuned_scale", 1.0))
+    assert "placebo" not in sentence([{**first, "outcome": "worse"}, *rows["endpoints"][1:]], 3, [
+        {"name": "fused_minus_placebo_shuffled", "measure": "foreground_ece", "interval": [-1.0, 1.0]}])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from evaluation.conclusion import unit_weights
 from evaluation.crossed import Estimate, crossed_estimate, holm, needed, outcome
 
 
@@ -16,7 +17,7 @@ def test_the_variance_is_that_between_trainings_over_their_number_plus_that_of_t
     values, samples = [1.0, 3.0, 5.0], np.array([[1.0, 3.0, 5.0], [2.0, 4.0, 6.0], [0.0, 2.0, 4.0]])
     found = crossed_estimate(values, samples, images=20)
     assert (found.value, found.seed_variance) == (3.0, 4.0)
-    assert found.image_variance == 1.0  # of the means 3, 4, 2
+    assert found.image_variance == 1.0  # of the means 3, 4, 2; all trainings move alike
     assert found.standard_error == pytest.approx(math.sqrt(4.0 / 3 + 1.0))
     satterthwaite = (4 / 3 + 1) ** 2 / ((4 / 3) ** 2 / 2 + 1.0**2 / 19)
     assert found.degrees_of_freedom() == pytest.approx(satterthwaite)
@@ -93,17 +94,31 @@ def test_more_images_decide_where_they_are_what_is_missing():
     assert advice["images_factor"] == pytest.approx((NormalDist().inv_cdf(0.95) * 0.006 / 0.005) ** 2, rel=0.3)
 
 
+def test_what_differs_between_trainings_is_counted_once():
+    """Against the expected mean squares of a crossed design: pixel noise of each training is in the seed part alone."""
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(300):
+        both = rng.normal(0, 2.0, 40) + rng.normal(0, 3.0, (5, 40))  # images, and images by trainings
+        weights = unit_weights([f"{i:02d}" for i in range(40)], 60, int(rng.integers(2**31)))[1:]
+        one = crossed_estimate(both.mean(1), weights @ both.T / 40, 40)
+        found.append((one.seed_variance, one.image_variance))
+    seed, image = np.mean(found, 0)
+    assert seed == pytest.approx(9 / 40, rel=0.1)
+    assert image == pytest.approx(4 / 40, rel=0.1)  # with the interaction it would be (4 + 9 / 5) / 40
+
+
 def test_intervals_of_crossed_effects_cover():
     """Seeds and images crossed, their product included: 95 % intervals hold the truth about as often as they say."""
     rng = np.random.default_rng(0)
     held = {3: 0, 10: 0}
-    for _ in range(400):
+    for _ in range(1000):
         seeds, images = rng.normal(0, 0.3, 10), rng.normal(0, 1, 60)
         both = seeds[:, None] + images + rng.normal(0, 1, (10, 60))
-        weights = rng.multinomial(60, np.full(60, 1 / 60), 100)
+        weights = unit_weights([f"{i:02d}" for i in range(60)], 100, int(rng.integers(2**31)))[1:]
         for trainings in held:
             part = both[:trainings]
             low, high = crossed_estimate(part.mean(1), weights @ part.T / 60, 60).interval()
             held[trainings] += low <= 0 <= high
-    assert 0.92 * 400 <= held[3] <= 0.995 * 400
-    assert 0.92 * 400 <= held[10] <= 0.985 * 400
+    assert 0.92 * 1000 <= held[3] <= 0.97 * 1000
+    assert 0.93 * 1000 <= held[10] <= 0.97 * 1000

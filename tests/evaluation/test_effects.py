@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from constructed_maps import Images, make_images
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
 
+from evaluation import parallel
 from evaluation.effects import MEASURES, PROCEDURES, SCALE_FACTORS, Training, image_aurc, resampled_measures, scores_of_cells
 from evaluation.fusion import LAMBDAS
 from evaluation.joint import shuffled
@@ -155,3 +157,55 @@ def test_measures_have_a_row_per_resample(study):
     for procedure in PROCEDURES:
         for measure in MEASURES:
             assert len(set(found[procedure][measure].tolist())) == 1 and np.isfinite(found[procedure][measure]).all()
+
+
+def test_recalibration_is_fitted_to_each_resample(study):
+    """Against scikit-learn on single pixels, each with the variance of its cell, a resample at a time."""
+    fusion, training = study
+    weights = [np.stack([np.ones(n), np.r_[np.zeros(n // 2), np.full(n - n // 2, 2.0)]]) for n in (8, 12)]
+    found = resampled_measures(training, *weights, ("fused",), recalibrated=("fused",))["fused"]
+    for row in range(2):
+        drawn = [weight[row] for weight in weights]
+        kept = training.validation.largest[drawn[0] > 0]
+        high = kept.max(0)
+        lam = found["tuned"][row]
+        cells = []
+        for joint, times in zip((training.validation, training.test), drawn):
+            first, second = (
+                np.clip((values - low) / (top - low), 0, 1) for values, low, top in zip(joint.values, joint.low, high)
+            )
+            score = (lam * first[:, None] + (1 - lam) * second[None]).ravel()
+            cells.append((score, np.tensordot(times, joint.counts[:, 0].astype(float), 1).reshape(4, -1)))
+        (score, fitted), (other, measured) = cells
+        for names, right, wrong in ((("foreground_ece_isotonic",), [3], [2]),
+                                    (("brier_isotonic", "log_loss_isotonic"), [0, 3], [1, 2])):
+            counts = fitted[right].sum(0), fitted[wrong].sum(0)
+            model = IsotonicRegression(increasing=False, out_of_bounds="clip")
+            model.fit(np.r_[score, score], np.r_[np.ones(len(score)), np.zeros(len(score))], np.r_[counts])
+            confidence = model.predict(other)
+            good, bad = measured[right].sum(0), measured[wrong].sum(0)
+            total = (good + bad).sum()
+            bounded = np.clip(confidence, 0.5 / 8, 1 - 0.5 / 8)
+            place = np.clip(np.ceil(confidence * 15) - 1, 0, 14).astype(int)
+            gap = np.bincount(place, good - (good + bad) * confidence, minlength=15)
+            slow = {
+                "foreground_ece_isotonic": np.abs(gap).sum() / total,
+                "brier_isotonic": (good * (1 - confidence) ** 2 + bad * confidence**2).sum() / total,
+                "log_loss_isotonic": -(good * np.log(bounded) + bad * np.log1p(-bounded)).sum() / total,
+            }
+            for name in names:  # a hundred bins of the score instead of every cell
+                assert found[name][row] == pytest.approx(slow[name], abs=0.01), (name, row)
+    assert len({tuple(np.round(found[name], 9)) for name in found}) == len(found)
+
+
+def test_threads_change_no_number(study, monkeypatch):
+    _, training = study
+    rng = np.random.default_rng(0)
+    weights = [np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), 30)]) for n in (8, 12)]
+    results = []
+    for count in (1, 5):
+        monkeypatch.setattr(parallel, "threads", lambda count=count: count)
+        results.append(resampled_measures(training, *weights, recalibrated=PROCEDURES[:2]))
+    for procedure, found in results[0].items():
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, results[1][procedure][name])

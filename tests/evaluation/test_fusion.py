@@ -130,6 +130,17 @@ def test_logistic_fit_agrees_with_scikit_learn_unpenalised():
     assert fit_logistic(features, wrong) == pytest.approx([*expected.intercept_, *expected.coef_[0]], abs=0.02)
 
 
+@pytest.mark.parametrize("unit", (1e-9, 1e-3, 1e6))
+def test_the_logistic_fit_knows_no_units(unit):
+    rng = np.random.default_rng(1)
+    features, weight = rng.random((2_000, 2)), rng.random(2_000)
+    wrong = rng.random(2_000) < features[:, 1] / 2
+    scaled = features * (1.0, unit)
+    (a, *b), (c, *d) = fit_logistic(features, wrong, weight), fit_logistic(scaled, wrong, weight)
+    np.testing.assert_allclose(c + scaled @ d, a + features @ b, atol=1e-6)
+    assert fit_logistic(np.column_stack([features, np.full(2_000, 0.3)]), wrong, weight) == pytest.approx((a, *b, 0.0), abs=1e-9)
+
+
 def test_logistic_fit_of_one_class_is_a_constant():
     assert fit_logistic(np.ones((3, 2)), np.zeros(3, dtype=bool)) == (-40.0, 0.0, 0.0)
     assert fit_logistic(np.ones((3, 2)), np.ones(3, dtype=bool)) == (40.0, 0.0, 0.0)
