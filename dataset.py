@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from isic.cache import DecodedPairs, decode_pairs
-from isic.layout import SkippedPair, find_pairs, limit_pairs
+from isic.layout import Pair, SkippedPair, find_pairs, limit_pairs
 from isic.source import DATA, Source
+from isic.tables import Fixed, groups_of, listed_ids, read_groups, read_parts
 from runtime.config import Config
 from runtime.errors import UserError, printable
 from runtime.processes import ProcessGroup
@@ -38,74 +39,157 @@ class Split(NamedTuple):
     test: list[str]
 
 
+PARTS = ("training", "validation", "test")  # in words, in the order of a split
+LEAST = (2, 1, 1)  # images of each; batch norm needs two
+
+
 class Data(NamedTuple):
-    """The decoded pairs of a run, how they are split, and which were left out."""
+    """The decoded pairs of a run, how they are split, and which were left out.
+
+    ``groups`` holds the group of each image that has one; None where no groups were given.
+    """
 
     pairs: DecodedPairs
     split: Split
     skipped: list[SkippedPair]
+    groups: dict[str, str] | None = None
 
 
-def prepare_data(config: Config, source: Source, group: ProcessGroup) -> Data:
+def prepare_data(config: Config, source: Source, group: ProcessGroup, fixed: Fixed | None = None) -> Data:
     """Find, decode and split the pairs.
 
     The main process decodes; the others map its cache. The split is that of all
-    ids found; pairs left out by ``--skip-bad`` then leave their part.
+    ids found, or that of ``--split``; pairs left out by ``--skip-bad`` then leave their part.
+
+    Args:
+        config: says which pairs, how large, and how they are split.
+        source: where they lie.
+        group: of processes.
+        fixed: split and groups of another run, which hold where no flag gives others.
 
     Raises:
         UserError: a pair is broken (without ``--skip-bad``), a part would be
-            empty, or the cache cannot be written.
+            empty, the cache cannot be written, or ``--split`` or ``--groups`` does not fit the images.
     """
 
     def prepare() -> Data:
         skipped: list[SkippedPair] | None = [] if config.skip_bad else None
+        parts, table = fixed or (None, None)
+        split_name, groups_name = f"the split of {config.weights_from}", f"the groups of {config.weights_from}"
+        if config.split is not None:
+            parts, split_name = read_parts(Path(config.split)), f"--split {config.split}"
+        if config.groups is not None:
+            table, groups_name = read_groups(Path(config.groups)), f"--groups {config.groups}"
         found = find_pairs(source.images, source.masks, skipped)
-        ids = limit_pairs(sorted([pair.id for pair in found] + [entry.id for entry in skipped or ()]), config.limit)
+        ids = sorted([pair.id for pair in found] + [entry.id for entry in skipped or ()])
+        if parts is not None:
+            every, ids = len(ids), listed_ids(ids, parts, split_name, source.images)
+            if len(ids) < every and config.split is not None:
+                complain(f"{every - len(ids)} of {every} images are not in {split_name} and are left out")
+        ids = limit_pairs(ids, config.limit)
         wanted = set(ids)
-        split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed)
-        used = [pair for pair in found if pair.id in wanted]
-        with progress_bar("decoding images", len(used), "pair") as bar:
-            pairs = decode_pairs(
-                used, config.image_size, Path(config.cache or DATA / "cache"), bar.update, skipped,
-                waiting=lambda line: bar.write(line, file=sys.stderr),
-            )
+        # a table without one of them may be about another test set
+        groups = None if table is None else groups_of(ids, table, groups_name, bool(config.test_data or config.test_images))
+        if parts is not None:
+            split = split_by_parts(ids, parts, groups or {}, split_name)
+        else:
+            split = split_ids(ids, config.test_fraction, config.validation_fraction, config.split_seed, groups)
+        pairs = decode([pair for pair in found if pair.id in wanted], config, skipped)
         left_out = sorted(entry for entry in skipped or () if entry.id in wanted)
         if left_out:
             split = leave_out(split, {entry.id for entry in left_out})
             reasons = "; ".join(f"{entry.id}: {entry.reason}" for entry in left_out)
             complain(f"warning: {len(left_out)} of {len(ids)} pairs are left out: {printable(reasons)}")
-        return Data(pairs, split, left_out)
+        return Data(pairs, split, left_out, groups)
 
     data = group.shared(prepare)
-    parts = ", ".join(f"{len(ids)} {part}" for part, ids in zip(("training", "validation", "test"), data.split))
-    stage("data", f"{len(data.pairs.ids)} images: {parts}")
+    said = ", ".join(f"{len(ids)} {part}" for part, ids in zip(PARTS, data.split))
+    stage("data", f"{len(data.pairs.ids)} images: {said}")
     return data
 
 
+def decode(pairs: Sequence[Pair], config: Config, skipped: list[SkippedPair] | None) -> DecodedPairs:
+    """Decode pairs under a progress bar; see :func:`isic.cache.decode_pairs`."""
+    with progress_bar("decoding images", len(pairs), "pair") as bar:
+        return decode_pairs(
+            pairs, config.image_size, Path(config.cache or DATA / "cache"), bar.update, skipped,
+            waiting=lambda line: bar.write(line, file=sys.stderr),
+        )
+
+
+# ---------------------------------------------------------------- the split
+
+
 def split_ids(
-    ids: Iterable[str], test_fraction: float = 0.2, validation_fraction: float = 0.125, seed: int = 42
+    ids: Iterable[str], test_fraction: float = 0.2, validation_fraction: float = 0.125, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> Split:
     """Split ids into train, validation and test, as the study does.
 
     The ids are sorted; scikit-learn's ``train_test_split`` takes the test set
     from all, then the validation set from the rest, with the same random state.
-    2,594 ids at the default fractions give 1,815 / 260 / 519.
+    2,594 ids at the default fractions give 1,815 / 260 / 519. With groups its ``GroupShuffleSplit`` does so, and the
+    fractions are those of the groups.
+
+    Args:
+        ids: of all images, in any order.
+        test_fraction: share of all that is the test set.
+        validation_fraction: share of the rest that is the validation set.
+        seed: of both draws.
+        groups: by id, kept together; an id without one stands for itself.
 
     Raises:
         UserError: a part would be empty.
     """
-    from sklearn.model_selection import train_test_split  # takes seconds to load, and drawing a picture splits nothing
+    # takes seconds to load, and drawing a picture splits nothing
+    from sklearn.model_selection import GroupShuffleSplit, train_test_split
+
+    def halves(ids: list[str], share: float) -> tuple[list[str], list[str]]:
+        if not groups:
+            return train_test_split(ids, test_size=share, random_state=seed)
+        splitter = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
+        ((first, second),) = splitter.split(ids, groups=[groups.get(id, id) for id in ids])
+        return [ids[place] for place in first], [ids[place] for place in second]
 
     ids = sorted(ids)
     try:
-        rest, test = train_test_split(ids, test_size=test_fraction, random_state=seed)
-        train, validation = train_test_split(rest, test_size=validation_fraction, random_state=seed)
+        rest, test = halves(ids, test_fraction)
+        train, validation = halves(rest, validation_fraction)
     except ValueError as error:
+        number = f"{len(ids)} images in {len({groups.get(id, id) for id in ids})} groups" if groups else f"{len(ids)} images"
         raise UserError(
-            f"{len(ids)} images are too few to split into training, validation and test; use at least 8, "
+            f"{number} are too few to split into training, validation and test; use at least 8, "
             "and --test-fraction and --validation-fraction that leave an image to each"
         ) from error
     return Split(sorted(train), sorted(validation), sorted(test))
+
+
+def split_by_parts(ids: Sequence[str], parts: Mapping[str, str], groups: Mapping[str, str], table: str) -> Split:
+    """The split that a table says.
+
+    Args:
+        ids: sorted, all of them in the table.
+        parts: "train", "validation" or "test" by id.
+        groups: by id, of which none may be in two parts.
+        table: flag and file, for messages.
+
+    Raises:
+        UserError: a part has too few images, or a group is in two parts.
+    """
+    split = Split(*([id for id in ids if parts[id] == name] for name in Split._fields))
+    for name, part, least in zip(PARTS, split, LEAST):
+        if len(part) < least:
+            raise UserError(f"{table} leaves {len(part)} images for {name}; give it at least {least}")
+    seen: dict[str, str] = {}
+    for id in ids:
+        first = seen.setdefault(groups[id], id) if id in groups else id
+        if parts[first] != parts[id]:
+            places = [PARTS[Split._fields.index(parts[one])] for one in (first, id)]
+            raise UserError(
+                f"{table}: group {groups[id]} is in two parts: {first} is in {places[0]}, {id} in {places[1]}; "
+                "put all images of a group into one part"
+            )
+    return split
 
 
 def leave_out(split: Split, skipped: Collection[str]) -> Split:
@@ -115,7 +199,7 @@ def leave_out(split: Split, skipped: Collection[str]) -> Split:
         UserError: a part has no image left, or training fewer than the two that batch norm needs.
     """
     rest = Split(*([id for id in part if id not in skipped] for part in split))
-    for name, part, least in zip(Split._fields, rest, (2, 1, 1)):
+    for name, part, least in zip(Split._fields, rest, LEAST):
         if len(part) < least:
             raise UserError(f"without the {len(skipped)} bad pairs the {name} part has {len(part)} images; repair some of them")
     return rest

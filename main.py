@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isic.source import Source, find_source, needs_synthetic
+from isic.source import needs_synthetic
 from runtime.config import SYNTHETIC, Config, parse_config
 from runtime.errors import UserError
 from runtime.progress import complain, console, is_main_process, progress_bar, stage
@@ -29,8 +29,10 @@ from runtime.signals import StopSignals
 # a wrong flag or --help is answered at once.
 if TYPE_CHECKING:
     from dataset import Data
+    from experiment.inputs import Inputs
+    from experiment.networks import Network
     from experiment.run import Run
-    from model import UNet
+    from reporting.galleries import ImageReader
     from runtime.processes import ProcessGroup
 
 
@@ -38,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment that the command line describes; returns the exit code."""
     with StopSignals() as signals:
         try:
-            config = parse_config(argv, __doc__)
-            if config.pool is None and needs_synthetic(config):
+            config = parse_config(argv, __doc__, taken_settings)
+            if config.pool is None and config.maps is None and needs_synthetic(config):
                 config = parse_config(argv, __doc__, SYNTHETIC)
             with console(config.quiet, config.json):
-                (run_experiment if config.pool is None else pool_runs)(config)
+                (pool_runs if config.pool is not None else judge_maps if config.maps is not None else run_experiment)(config)
         except UserError as error:
             complain(f"error: {error}")
             return 2
@@ -62,9 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signum
 
 
+def taken_settings(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What stands in for the defaults: the settings of the run whose weights are taken, if any."""
+    if "weights_from" not in given:
+        return None
+    from experiment.source_run import settings_from
+
+    return settings_from(given)
+
+
 def run_experiment(config: Config) -> dict[str, Any]:
     """The whole experiment: one training, or several and their pool; returns what ``metrics.json`` holds."""
-    from dataset import prepare_data
+    from experiment.inputs import prepare_inputs, source_of
+    from experiment.network_checks import check_network
     from experiment.pooling import check_margins
     from experiment.results import held, kept_of_run, results_folder
     from experiment.trainings import kept_of_trainings, train_all
@@ -74,63 +86,96 @@ def run_experiment(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     check_margins(config.margin)
     with process_group(config.device) as group:
-        source = group.shared(lambda: find_source(config))
+        if config.model is not None:
+            stage("network", str(group.shared(lambda: check_network(config))))
+        source = group.shared(lambda: source_of(config, group.device))
         results = results_folder(config, source)
         with held(results, group, kept_of_run if config.trainings == 1 else kept_of_trainings):
-            data = prepare_data(config, source, group)
+            inputs = prepare_inputs(config, source, group)
             if config.trainings > 1:
-                folders = train_all(config, results, data, group, partial(run_training, source=source, data=data, group=group))
+                train = partial(run_training, inputs=inputs, group=group)
+                folders = train_all(config, results, inputs.data, group, train, inputs.records)
                 return group.shared(lambda: pool(config, folders, results, started))
-            metrics = run_training(config, results, source, data, group)
+            metrics = run_training(config, results, inputs, group)
             group.shared(lambda: show_result(metrics, results, source.name, time.perf_counter() - started))
             return metrics
 
 
-def run_training(config: Config, results: Path, source: Source, data: Data, group: ProcessGroup) -> dict[str, Any]:
+def run_training(config: Config, results: Path, inputs: Inputs, group: ProcessGroup) -> dict[str, Any]:
     """One training, from weights to its report; returns what its ``metrics.json`` holds."""
     from evaluation.fusion import lambda_grid
     from evaluation.tuning import tune
     from experiment.maps import make_maps
-    from experiment.numbers import measure
+    from experiment.numbers import measure, measure_targets
     from experiment.results import claim_results
+    from experiment.targets import make_target_maps
     from runtime.checkpoints import weights_fingerprint
     from runtime.records import fingerprint
 
-    started = time.perf_counter()
-    claimed = claim_results(results, config, source, data, group)
+    started, data = time.perf_counter(), inputs.data
+    claimed = claim_results(results, config, inputs.source, data, group, inputs.records)
     model = train_model(claimed, data)
     run = replace(claimed, identity=fingerprint([claimed.identity, weights_fingerprint(model)]))
 
-    validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
-    tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
-    test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
-
-    metrics, rows = measure(run, tuned, validation, test)
+    if data is None:  # only other test sets are left to be measured
+        metrics, rows = measure_targets(run, partial(make_target_maps, run, model, inputs.targets))
+    else:
+        validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
+        tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
+        test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
+        others = make_target_maps(run, model, inputs.targets, tuned.fusion)
+        metrics, rows = measure(run, tuned, validation, test, data.groups, others)
+        metrics["skipped"] = [entry._asdict() for entry in data.skipped]
     metrics.update(
-        synthetic=source.synthetic, data_note=config.data_note, identity=run.identity, config_identity=claimed.identity,
-        skipped=[entry._asdict() for entry in data.skipped], minutes=(time.perf_counter() - started) / 60,
+        synthetic=inputs.source.synthetic, data_note=config.data_note, identity=run.identity,
+        config_identity=claimed.identity, minutes=(time.perf_counter() - started) / 60,
     )
-    return group.shared(lambda: finish_run(run, data, metrics, rows))
+    return group.shared(lambda: finish_run(run, metrics, rows, inputs.picture if data else None))
 
 
-def train_model(run: Run, data: Data) -> UNet:
-    """Train, or take the weights that this very configuration made from these very data, or those of a named run."""
-    import torch
+def judge_maps(config: Config) -> dict[str, Any]:
+    """Judge maps that something else made, as those of a run are; returns what ``metrics.json`` holds."""
+    from evaluation.fusion import lambda_grid
+    from evaluation.tuning import tune
+    from experiment.numbers import measure
+    from experiment.own_maps import claim_maps, described, find_maps, kept_of_maps, maps_folder, take_maps
+    from experiment.pooling import check_margins
+    from experiment.results import held
+    from reporting.console import show_result
+    from runtime.processes import process_group
 
+    started = time.perf_counter()
+    check_margins(config.margin)
+    with process_group(config.device) as group:
+        given, results = find_maps(config, group), maps_folder(config)
+        with held(results, group, kept_of_maps):
+            run = claim_maps(results, config, given, group)
+            validation, test = (take_maps(run, given, part) for part in ("validation", "test"))
+            tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
+            numbers = measure(run, tuned, validation, test, given.groups or None)
+            metrics = {**described(given, run, numbers.metrics), "minutes": (time.perf_counter() - started) / 60}
+            sealed = group.shared(lambda: finish_run(run, metrics, numbers.rows, test.picture))
+            group.shared(lambda: show_result(sealed, results, given.folders["test"].name, time.perf_counter() - started))
+            return sealed
+
+
+def train_model(run: Run, data: Data | None) -> Network:
+    """Train, or take the weights that this very configuration made from these very data, or those of a named run or file."""
+    from experiment.networks import load_network, take_weights
     from experiment.results import copy_weights, unfinish
-    from model import UNet
     from reporting.formats import number
-    from runtime.checkpoints import load_model
     from train import train
 
     config, group = run.config, run.group
     if config.weights_from is not None:
         group.shared(lambda: copy_weights(Path(str(config.weights_from)), run.results))
         stage("training", f"none; the weights are those of {config.weights_from}")
-        best = run.results / "weights" / "best_model.pth"
-        model = group.shared(lambda: load_model(best, UNet, torch.device("cpu"))).to(group.device)
-        assert isinstance(model, UNet)
-        return model
+        return load_network(run.results / "weights" / "best_model.pth", config, group)
+    if config.model_weights is not None:
+        group.shared(lambda: take_weights(config, run.results, run.identity))
+        stage("training", f"none; the weights are those of {config.model_weights}")
+        return load_network(run.results / "weights" / "best_model.pth", config, group)
+    assert data is not None  # it is only where weights are taken
     with progress_bar("training", config.epochs * len(data.split.train), "image") as bar:
 
         def report(count: int, note: str) -> None:
@@ -145,10 +190,8 @@ def train_model(run: Run, data: Data) -> UNet:
     return result.model
 
 
-def finish_run(run: Run, data: Data, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the numbers, draw the figures and the report; returns the sealed metrics."""
-    import numpy as np
-
+def finish_run(run: Run, metrics: Mapping[str, Any], rows: list[dict[str, Any]], read: ImageReader | None) -> dict[str, Any]:
+    """Write the numbers, draw the figures and, with pictures that ``read`` gives, the report; returns the sealed metrics."""
     from experiment.saved_run import with_tables
     from reporting.console import show_warnings
     from reporting.run_pictures import draw_run
@@ -156,7 +199,7 @@ def finish_run(run: Run, data: Data, metrics: Mapping[str, Any], rows: list[dict
 
     show_warnings(metrics)
     write_csv(run.results / "per_image.csv", rows)
-    paths = draw_run(with_tables(run.results, metrics), lambda id: np.array(data.pairs.image(id)))
+    paths = draw_run(with_tables(run.results, metrics), read)
     stage("figures", f"{len(paths) - 2} figures, report.html and report.md")
     sealed = seal(metrics)
     write_json(run.results / "metrics.json", sealed)  # last: its presence says that the run is finished

@@ -1,4 +1,4 @@
-"""Training the U-Net: set-up, one epoch, the loop, and the checkpoints it leaves."""
+"""Training a network: set-up, one epoch, the loop, and the checkpoints it leaves."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 
 from dataset import EpochBatches, TrainingImages, batches, derived_seed, normalise
 from evaluation.overlap import segmentation_overlap
+from experiment.networks import Network, build, load_network, memory_layout
 from isic.cache import DecodedPairs
 from model import UNet
-from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, state_fingerprint, weights_fingerprint
+from runtime.checkpoints import load_checkpoint, save_checkpoint, state_fingerprint, weights_fingerprint
 from runtime.config import Config
 from runtime.devices import autocast, training_precision
 from runtime.errors import UserError
-from runtime.group_layers import RowDropout, with_group_batch_norm, with_row_dropout
+from runtime.group_layers import with_group_batch_norm, with_row_dropout
 from runtime.processes import ProcessGroup
 from runtime.records import write_csv
 from runtime.signals import block_sigint_in_children, end_with_parent
@@ -62,7 +63,7 @@ class EpochResult(NamedTuple):
 class TrainingResult(NamedTuple):
     """The best model, its validation Dice, and one row per epoch."""
 
-    model: UNet
+    model: Network
     best_dice: float
     log: list[dict[str, Any]]
 
@@ -152,9 +153,7 @@ def train(
             if improved:
                 save_best(best_path, state)
             write_csv(results / "training_log.csv", progress.log)
-    best_model = group.shared(lambda: load_model(best_path, UNet, torch.device("cpu")))
-    assert isinstance(best_model, UNet)
-    return TrainingResult(best_model.to(group.device), progress.best_dice, progress.log)
+    return TrainingResult(load_network(best_path, config, group), progress.best_dice, progress.log)
 
 
 # ---------------------------------------------------------------- set-up and one epoch
@@ -171,12 +170,12 @@ class Training:
 
     def __init__(self, config: Config, pairs: DecodedPairs, ids: Sequence[str], group: ProcessGroup):
         self.config, self.group, device = config, group, group.device
-        torch.manual_seed(config.seed)
-        self.model = UNet(config.width, config.dropout, config.upsampling).to(device).to(memory_format=torch.channels_last)
+        self.model = build(config).to(device)
+        self.model = self.model.to(memory_format=memory_layout(self.model))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.precision = training_precision(config.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.dropout_sites: list[RowDropout] = with_row_dropout(self.model)
+        self.dropout_sites = with_row_dropout(self.model)
         self.model = with_group_batch_norm(self.model, group)
         self.network = _parallel(torch.compile(self.model) if config.compile else self.model, group)
         self.order = EpochBatches(len(ids), config.batch_size, config.seed, group.rank, group.world_size)
@@ -235,7 +234,7 @@ class Training:
         for site in self.dropout_sites:
             site.rows, site.total = self.order.rows(step), total
         with autocast(images.device, self.precision):
-            logits = self.network(normalise(images).contiguous(memory_format=torch.channels_last))[:, 0]
+            logits = self.network(normalise(images).contiguous(memory_format=memory_layout(self.model)))[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits.float(), masks.float()) * (len(images) / total)
         self.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages the gradients over the processes, hence ``world_size``
@@ -249,14 +248,15 @@ class Training:
 
 
 def _parallel(network: Any, group: ProcessGroup) -> Any:
-    """The network as all processes of a group train it together."""
+    """The network as all processes of a group train it together; of one of the user's, some weights may be idle."""
     if group.world_size == 1:
         return network
     parallel = nn.parallel.DistributedDataParallel
     known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
     every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {every_forward: False}
-    return parallel(network, **options)  # the buffers are those of the global batch already
+    ours = isinstance(getattr(network, "_orig_mod", network), UNet)
+    # the buffers are those of the global batch already
+    return parallel(network, find_unused_parameters=not ours, **{every_forward: False})  # type: ignore[arg-type]
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -285,7 +285,7 @@ def validate(
     level = math.log(threshold / (1 - threshold))
     for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
         with autocast(device, precision):
-            logits = model(images.contiguous(memory_format=torch.channels_last))[:, 0]
+            logits = model(images.contiguous(memory_format=memory_layout(model)))[:, 0]
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
         dice, jaccard = segmentation_overlap(logits > level, masks)

@@ -124,6 +124,7 @@ def mc_dropout(model: nn.Module, seed: int | None = None) -> Iterator[MaskSource
 def capture_activations(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Cut the graph behind a layer's output and keep that output as the leaf to differentiate by.
 
+    Other hooks of the layer act afterwards, and what follows may work in place: the leaf stays what the layer returned.
     Yields a list that holds the activations of the newest forward; on leaving, the hook is removed.
 
     Example:
@@ -138,9 +139,9 @@ def capture_activations(layer: nn.Module) -> Iterator[list[Tensor]]:
     def cut(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         captured[:] = [leaf]
-        return leaf
+        return leaf.clone()
 
-    handle = layer.register_forward_hook(cut)
+    handle = layer.register_forward_hook(cut, prepend=True)
     try:
         yield captured
     finally:
@@ -290,7 +291,7 @@ def _general_chunks(
         source.start(image_id, block)
         with torch.enable_grad():
             with torch.autocast(image.device.type, options.half, enabled=options.half is not None):
-                logits = options.to_logits(model(image.expand(len(block), -1, -1, -1)))
+                logits = options.to_logits(model(image.expand(len(block), -1, -1, -1).contiguous()))
             gradient = _gradient(logits, captured, options.predicted_only)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         activations, weights = captured[0].detach().to(dtype), gradient.to(dtype).mean((2, 3))

@@ -24,7 +24,7 @@ from evaluation.image_maps import Split, checked_maps, pieces, pixels_in_region,
 from evaluation.names import PREDICTIVE, REGIONS, SALIENCY
 from evaluation.normalisation import Distribution, Rank, rank
 from evaluation.ranking import HISTOGRAM_BINS, add_histogram, histogram_bin, quantile_edges, quantile_table
-from evaluation.resampling import HIGHER_IS_BETTER, LOWER_IS_BETTER, bootstrap, estimate, paired_difference
+from evaluation.resampling import HIGHER_IS_BETTER, LOWER_IS_BETTER, bootstrap, estimate, paired_difference, units_of
 from evaluation.sampling import drawn_pixels
 
 MODELS = ("without", "with", "label_without", "label_with")
@@ -154,7 +154,9 @@ def model_edges(validation: Counters, bins: int = 256) -> Array:
     return quantile_edges(validation.pooled["model_fine"], [(0,), (1,)], bins)
 
 
-def added_value(models: ErrorModels, test: Counters, resamples: int = 10_000, seed: int = 42) -> dict[str, Any]:
+def added_value(
+    models: ErrorModels, test: Counters, resamples: int = 10_000, seed: int = 42, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Log loss and AUROC of the logistic models on test, with and without saliency, and their paired differences.
 
     Saliency adds something where the log loss falls or the AUROC rises.
@@ -163,13 +165,15 @@ def added_value(models: ErrorModels, test: Counters, resamples: int = 10_000, se
         models: fitted on validation.
         test: their counters with quantile bins, see :func:`count_error_models`.
         resamples, seed: of the bootstrap.
+        groups: by id, what it draws; see :func:`resampling.units_of`.
 
     Returns:
         What :func:`compare_models` returns, and the "coefficients" of every model.
     """
     arrays = {name: test.images[name] for name in ("model_log_loss", "model_pixels", "model_cells")}
     histogram = test.pooled["model_fine"]
-    result = compare_models(test.scores, arrays, ranking.auroc(histogram[:, 0], histogram[:, 1]), resamples, seed)
+    exact, units = ranking.auroc(histogram[:, 0], histogram[:, 1]), units_of(test.ids, groups)
+    result = compare_models(test.scores, arrays, exact, resamples, seed, units)
     for (region, model), coefficients in models.coefficients.items():
         result[region]["models"][model]["coefficients"] = list(coefficients)
     return result
@@ -179,7 +183,7 @@ def added_value(models: ErrorModels, test: Counters, resamples: int = 10_000, se
 
 
 def compare_models(
-    names: Sequence[str], arrays: Mapping[str, Array], exact_auroc: Array, resamples: int, seed: int
+    names: Sequence[str], arrays: Mapping[str, Array], exact_auroc: Array, resamples: int, seed: int, units: Array | None = None
 ) -> dict[str, Any]:
     """Log loss and AUROC of every model in every region, and the paired differences of `PAIRS`.
 
@@ -188,14 +192,14 @@ def compare_models(
         arrays: per image `model_log_loss` (I, S) in nats, `model_pixels` (I, S, 2: correct, wrong) and
             `model_cells` (I, S, 2, Q), pixels in ascending quantile bins of the predicted probability.
         exact_auroc: (S,); the resamples from the quantile bins are shifted by what it differs from theirs.
-        resamples, seed: of the bootstrap.
+        resamples, seed, units: of the bootstrap, see :func:`resampling.bootstrap_weights`.
 
     Returns:
         Per region "models", both measures of each as estimates, and "difference", both of each pair, with a verdict.
     """
     arrays = {**arrays, "model_cells": arrays["model_cells"].astype(np.float32)}
     point = _model_statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
-    samples = bootstrap(arrays, _model_statistics, resamples, seed, chunk=64)
+    samples = bootstrap(arrays, _model_statistics, resamples, seed, chunk=64, units=units)
     samples["auroc"] = np.clip(samples["auroc"] + (exact_auroc - point["auroc"]), 0.0, 1.0)
     point["auroc"] = exact_auroc
     position = {name: index for index, name in enumerate(names)}

@@ -21,7 +21,7 @@ from evaluation.fusion import RULES, Fusion, fuse
 from evaluation.image_maps import Split, checked_maps
 from evaluation.names import PREDICTIVE, SALIENCY
 from evaluation.normalisation import NORMALISATIONS, Distribution
-from evaluation.resampling import bootstrap, estimate, paired_difference
+from evaluation.resampling import bootstrap, estimate, paired_difference, units_of
 from evaluation.sampling import foreground_sample
 
 BASELINE = "predictive"  # the rule that is predictive variance alone
@@ -72,7 +72,8 @@ def _fused_scores(pred_variance: Tensor, saliency_variance: Tensor, candidates: 
 
 
 def fusion_table(
-    candidates: Sequence[Fusion], validation: Counters, test: Counters, resamples: int = 10_000, seed: int = 42
+    candidates: Sequence[Fusion], validation: Counters, test: Counters, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per normalisation and rule, its parameter chosen on validation, with its test ECE and paired differences.
 
@@ -80,6 +81,7 @@ def fusion_table(
         candidates: see :func:`candidate_fusions`.
         validation, test: their counters, see :func:`count_fusions`.
         resamples, seed: of the bootstrap.
+        groups: by id, what it draws; see :func:`resampling.units_of`.
 
     Returns:
         Rows of plain numbers. `minus_predictive_variance` compares with the paper's min-max normalised predictive
@@ -96,7 +98,8 @@ def fusion_table(
     kept = list(chosen.values())
     point = _fusion_errors(test.total())[kept]
     arrays = {name: value[:, kept] for name, value in test.images.items()}
-    samples = bootstrap(arrays, lambda summed: {"ece": _fusion_errors(summed)}, resamples, seed)["ece"]
+    units = units_of(test.ids, groups)
+    samples = bootstrap(arrays, lambda summed: {"ece": _fusion_errors(summed)}, resamples, seed, units=units)["ece"]
     column = {key: position for position, key in enumerate(chosen)}
     rows = []
     for (normalisation, rule), index in chosen.items():

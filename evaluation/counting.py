@@ -118,7 +118,7 @@ def merge(parts: Iterable[Counters]) -> Counters:
     ids = [identifier for part in parts for identifier in part.ids]
     if len(set(ids)) < len(ids):
         repeated = next(identifier for index, identifier in enumerate(ids) if identifier in ids[:index])
-        raise ValueError(f"image {repeated} was counted twice")
+        raise ValueError(f"image {repeated} was counted twice; give every image an id of its own")
     order = np.argsort(np.array(ids, dtype=str), kind="stable")
     in_order = np.array_equal(order, np.arange(len(ids)))
     images = {}

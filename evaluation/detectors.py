@@ -12,7 +12,7 @@ Shapes: I images, S scores, A outcomes, F histogram bins, N pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, Callable
 
@@ -191,7 +191,8 @@ def flip_scale(validation: Iterable[tuple[str, ImageMaps]]) -> Linear:
 
 
 def detector_numbers(
-    validation: Split, test: Split, fusion: Fusion, *, bins: int = 15, resamples: int = 10_000, seed: int = 42
+    validation: Split, test: Split, fusion: Fusion, *, bins: int = 15, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The tempered probability and, where the maps hold it, the variance over flips: fitted on validation, judged on test.
 
@@ -200,7 +201,7 @@ def detector_numbers(
             read three times and once.
         fusion: its scale of the predictive variance makes the score that the others are compared with.
         bins: equal-width bins of the calibration errors.
-        resamples, seed: of the bootstrap; the resamples are those of :func:`summary.summarise`.
+        resamples, seed, groups: of the bootstrap; the resamples are those of :func:`summary.summarise`.
 
     Returns:
         Plain numbers: "temperature", "flip_scale" (None without flips), and under "regions" for every region and score
@@ -228,7 +229,7 @@ def detector_numbers(
     fitted = count_detectors(validation, scores_of, bins)
     edges = quantile_edges(fitted.pooled["fine"], [REGIONS[region] for region in QUANTILE_REGIONS])
     counted = count_detectors(test, scores_of, bins, edges)
-    table = score_table(fitted, counted, resamples, seed)
+    table = score_table(fitted, counted, resamples, seed, groups)
     regions: dict[str, Any] = {}
     for region in REGIONS:
         regions[region] = {name: {} for name in table.scores}

@@ -6,7 +6,7 @@ whatever function of the inputs tells errors from correct pixels, given pixels e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 
 from evaluation.added_value import compare_models
 from evaluation.arrays import Array
-from evaluation.image_maps import Split
+from evaluation.image_maps import ImageMaps, Split
 from evaluation.names import CONFIDENCE_STEP, PREDICTIVE, REGIONS, SALIENCY
+from evaluation.resampling import units_of
 from evaluation.sampling import DrawnPixels, drawn_pixels
 
 #: The inputs of each model. ``1 - max(p, 1 - p)`` says how sure the network is; ``p`` says that and the label.
@@ -68,18 +69,29 @@ def count_error_trees(
     return names, {name: np.stack(parts, 1) for name, parts in arrays.items()}, np.array(auroc)
 
 
-def added_value_of_trees(validation: Split, test: Split, resamples: int = 10_000, seed: int = 42) -> dict[str, Any]:
+def added_value_of_trees(
+    validation: Split, test: Split, resamples: int = 10_000, seed: int = 42, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """As :func:`added_value.added_value`, of boosted trees instead of logistic models.
 
     Args:
         validation, test: pairs of id and maps; each is read once.
         resamples: of the bootstrap.
         seed: of the draws, the trees and the bootstrap.
+        groups: by id, what the bootstrap draws; see :func:`resampling.units_of`.
 
     Returns:
         What :func:`added_value.compare_models` returns.
     """
-    return compare_models(*count_error_trees(validation, test, seed=seed), resamples, seed)
+    ids: list[str] = []
+
+    def noted() -> Iterator[tuple[str, ImageMaps]]:
+        for id, maps in test:
+            ids.append(id)
+            yield id, maps
+
+    counted = count_error_trees(validation, noted(), seed=seed)
+    return compare_models(*counted, resamples, seed, units_of(ids, groups))
 
 
 class _Pixels(NamedTuple):

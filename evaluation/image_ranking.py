@@ -7,7 +7,7 @@ Shapes: I images, S scores, r resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from evaluation.calibration import region_bins
 from evaluation.counting import Counters
 from evaluation.names import AGGREGATES, BAD_DICE, IN_BAND, REFERENCE, REGIONS
 from evaluation.overlap import overlap_of_outcomes
-from evaluation.resampling import bootstrap_weights, estimate
+from evaluation.resampling import bootstrap_weights, estimate, units_of
 
 #: What is measured of a ranking, in the order of :func:`rank_statistics`.
 RANK_MEASURES = ("spearman_with_dice", "auroc_bad_dice", "aurc", "augrc")
@@ -66,7 +66,9 @@ def disagreement_of_passes(counters: Counters) -> Array:
 # ---------------------------------------------------------------- all rankings
 
 
-def ranking_of_images(test: Counters, resamples: int, seed: int) -> dict[str, Any]:
+def ranking_of_images(
+    test: Counters, resamples: int, seed: int, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """How every score and aggregate ranks the images: see :func:`rank_statistics`.
 
     Images of which an aggregate is not defined (no lesion predicted) are left out of its ranking. A useful score has
@@ -75,6 +77,7 @@ def ranking_of_images(test: Counters, resamples: int, seed: int) -> dict[str, An
     Args:
         test: counters of all test images.
         resamples, seed: of the bootstrap.
+        groups: by id, what it draws; see :func:`resampling.units_of`.
 
     Returns:
         "bad_dice_below" and "bad_images"; "whole_image" and "predicted_foreground" with, per score, the number of "images",
@@ -87,7 +90,7 @@ def ranking_of_images(test: Counters, resamples: int, seed: int) -> dict[str, An
     names = [(aggregate, score) for aggregate in AGGREGATES for score in test.scores]
     rankings = [uncertainty_of_images(test, score, aggregate) for aggregate, score in names]
     passes = disagreement_of_passes(test)
-    *measured, by_passes = measure_rankings([*rankings, passes], dice, resamples, seed)
+    *measured, by_passes = measure_rankings([*rankings, passes], dice, resamples, seed, units_of(test.ids, groups))
     found = dict(zip(names, measured))
     table: dict[str, dict[str, Any]] = {aggregate: {} for aggregate in AGGREGATES}
     for (aggregate, score), ranking in found.items():
@@ -111,13 +114,15 @@ class Measured(NamedTuple):
     samples: Array  # (R, 4)
 
 
-def measure_rankings(rankings: Sequence[Array], dice: Array, resamples: int, seed: int) -> list[Measured]:
+def measure_rankings(
+    rankings: Sequence[Array], dice: Array, resamples: int, seed: int, units: Array | None = None
+) -> list[Measured]:
     """Measure rankings of the same images on the same resamples.
 
     Args:
         rankings: the uncertainty of each image, (I,) each; images with NaN are left out of that ranking.
         dice: of each image, (I,).
-        resamples, seed: of the bootstrap.
+        resamples, seed, units: of the bootstrap, see :func:`resampling.bootstrap_weights`.
     """
     known = [~np.isnan(uncertainty) for uncertainty in rankings]
     groups: dict[bytes, list[int]] = {}  # rankings of the same images: their weights and ranks of Dice are the same
@@ -134,7 +139,7 @@ def measure_rankings(rankings: Sequence[Array], dice: Array, resamples: int, see
         return found
 
     points = measure(np.ones((1, len(dice))))
-    parts = [measure(weights) for weights in bootstrap_weights(len(dice), resamples, seed)]
+    parts = [measure(weights) for weights in bootstrap_weights(len(dice), resamples, seed, units=units)]
     return [
         Measured(int(mask.sum()), point[0], np.concatenate(samples))
         for mask, point, samples in zip(known, points, zip(*parts))

@@ -6,7 +6,7 @@ Summed counters are dictionaries of the arrays of :class:`counting.Counters` wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from evaluation.counting import Counters
 from evaluation.names import CONFIDENCE_STEP, IN_BAND, REGIONS
 from evaluation.ranking import bin_values, pool_bins
 from evaluation.recalibration import METHODS, mean_uncertainty
-from evaluation.resampling import LOWER_IS_BETTER, bootstrap, estimate, paired_difference
+from evaluation.resampling import LOWER_IS_BETTER, bootstrap, count_units, estimate, paired_difference, units_of
 
 #: Region, kind ("raw" or a recalibration method), measure.
 Key = tuple[str, str, str]
@@ -97,21 +97,25 @@ def ranking_measures(correct: Array, wrong: Array) -> dict[str, Array]:
     }
 
 
-def fit_recalibration(validation: Counters, edges: Array) -> dict[tuple[str, str], Array]:
+def fit_recalibration(
+    validation: Counters, edges: Array, regions: Iterable[str] = REGIONS, methods: Iterable[str] = METHODS
+) -> dict[tuple[str, str], Array]:
     """Recalibrated confidence of every quantile bin, fitted to the validation split.
 
     Args:
         validation: with the histogram of every score.
         edges: quantile bins of every score, (S, Q - 1).
+        regions, methods: those that are wanted.
 
     Returns:
         (S, Q) by method and region.
     """
     values = bin_values()
     fitted = {}
-    for region in REGIONS:
+    for region in regions:
         correct, wrong = split_region(validation.pooled["fine"], region)
-        for method, fit in METHODS.items():
+        for method in methods:
+            fit = METHODS[method]
             fitted[method, region] = np.stack([
                 fit(pool_bins(right, edge), pool_bins(errors, edge), mean_uncertainty(right + errors, edge, values))
                 for right, errors, edge in zip(correct, wrong, edges)
@@ -147,25 +151,27 @@ def recalibrated_measures(
         >>> found["ece"].tolist(), found["signed_gap"].tolist()  # gaps of 0 and 1/4
         ([0.125], [0.125])
     """
-    size = (correct + wrong).astype(float)
-    correct, wrong = correct.astype(float), wrong.astype(float)
-    pixels = size.sum(-1)
-    gap = correct - size * confidence
-    error = np.zeros(pixels.shape)
-    for score in range(len(confidence)):
-        index = bin_index(confidence[score], bins)
-        order = np.argsort(index, kind="stable")
-        ordered = np.moveaxis(gap[..., score, :], -1, 0)[order]
-        starts = np.flatnonzero(np.diff(index[order], prepend=-1))
-        for first, end in zip(starts, [*starts[1:], len(order)]):
-            error[..., score] += np.abs(ordered[first:end].sum(0))
     kept = np.clip(confidence, smallest, 1.0 - smallest)
+    # Every measure is linear in the counts of a score: one matrix product for all resamples and bins, over (S, ..., Q).
+    inside = bin_index(confidence, bins)[..., None] == np.arange(bins)  # S, Q, B
+    right = np.concatenate([_columns((1.0 - confidence) ** 2, -np.log(kept)), inside * (1.0 - confidence)[..., None]], -1)
+    errors = np.concatenate([_columns(confidence**2, -np.log1p(-kept)), inside * -confidence[..., None]], -1)
+    first = [np.moveaxis(np.asarray(side, dtype=float), -2, 0) for side in (correct, wrong)]
+    shape = first[0].shape[:-1]
+    flat = [side.reshape(len(confidence), -1, side.shape[-1]) for side in first]
+    sums = np.moveaxis((flat[0] @ right + flat[1] @ errors).reshape(*shape, -1), 0, -2)  # ..., S, 2 + B
+    pixels = np.moveaxis((flat[0] + flat[1]).sum(-1).reshape(shape), 0, -1)
+    gaps = sums[..., 2:]
     return {
-        "brier": divide((correct * (1.0 - confidence) ** 2 + wrong * confidence**2).sum(-1), pixels),
-        "log_loss": divide(-(correct * np.log(kept) + wrong * np.log1p(-kept)).sum(-1), pixels),
-        "ece": divide(error, pixels),
-        "signed_gap": divide(-gap.sum(-1), pixels),
+        "brier": divide(sums[..., 0], pixels),
+        "log_loss": divide(sums[..., 1], pixels),
+        "ece": divide(np.abs(gaps).sum(-1), pixels),
+        "signed_gap": divide(-gaps.sum(-1), pixels),
     }
+
+
+def _columns(*values: Array) -> Array:
+    return np.stack(values, -1)
 
 
 def layers(arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -246,8 +252,11 @@ class ScoreTable:
         return paired_difference(self.point[key], self.samples[key], *places, better)
 
 
-def score_table(validation: Counters, test: Counters, resamples: int, seed: int) -> ScoreTable:
-    """All measures of the test split and their bootstrap; recalibration is fitted to validation.
+def score_table(
+    validation: Counters, test: Counters, resamples: int, seed: int, groups: Mapping[str, str] | None = None
+) -> ScoreTable:
+    """All measures of the test split and their bootstrap, of whole groups where some are given; recalibration is fitted to
+    validation.
 
     Values of the rank measures come from the histogram bins, their resamples from the quantile bins,
     shifted by the (small) difference that this makes for the whole split.
@@ -255,14 +264,14 @@ def score_table(validation: Counters, test: Counters, resamples: int, seed: int)
     recalibration = fit_recalibration(validation, test.edges)
     arrays = layers({name: test.images[name] for name in ("count", "confidence", "squared_error", "log_loss", "cells")})
     arrays.update({name: value.astype(np.float32) for name, value in arrays.items() if name.endswith("/cells")})
-    smallest = 0.5 / len(validation.ids)
+    smallest = 0.5 / count_units(validation.ids, groups)
 
     def statistics(summed: Mapping[str, Array]) -> dict[Key, Array]:
         found = score_statistics(summed, recalibration, test.bins, smallest)
         return {key: value for key, value in found.items() if key[2] not in WITHOUT_INTERVAL}
 
     totals = {name: value.sum(0, dtype=float) for name, value in arrays.items()}
-    samples = bootstrap(arrays, statistics, resamples, seed, chunk=64)
+    samples = bootstrap(arrays, statistics, resamples, seed, chunk=64, units=units_of(test.ids, groups))
     point: dict[Key, Array] = {}
     for key, value in score_statistics(totals, recalibration, test.bins, smallest).items():
         point[key] = value

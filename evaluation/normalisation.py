@@ -6,6 +6,7 @@ float32 map in [0, 1] of the same shape on the same device, and leaves its argum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,19 +53,24 @@ class Rank(Linear):
     """Share of the validation pixels below a value, ties counted half, to the width of a histogram bin."""
 
     table: Array = field(repr=False, compare=False)  # (F,) float32
+    unit: float = 1.0  # see `Distribution`
 
     def __call__(self, variance: Tensor) -> Tensor:
         """The normalised variance."""
-        return torch.from_numpy(self.table).to(variance.device)[histogram_bin(variance)]
+        return torch.from_numpy(self.table).to(variance.device)[histogram_bin(variance / self.unit)]
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of all pixels of one variance over a split: minimum, maximum, and pixels by histogram bin (F,)."""
+    """Of all pixels of one variance over a split: minimum, maximum, and pixels by histogram bin (F,).
+
+    The histogram is that of the variance divided by `unit`, the power of two that no value exceeds; 1 for smaller values.
+    """
 
     low: float
     high: float
     histogram: Array = field(repr=False)
+    unit: float = field(default=1.0, repr=False)
 
     @property
     def flat(self) -> bool:
@@ -73,10 +79,11 @@ class Distribution:
 
 
 def distributions(images: Split) -> dict[str, Distribution]:
-    """The distributions of the predictive and of the saliency variance over a split, in one pass.
+    """The distributions of the predictive and of the saliency variance over a split.
 
     Args:
-        images: pairs of id and maps, of which only the two variances are read.
+        images: pairs of id and maps, of which only the two variances are read: once, and again where one exceeds 1, as a
+            score of another kind may.
 
     Returns:
         The distributions by name of the variance.
@@ -92,6 +99,13 @@ def distributions(images: Split) -> dict[str, Distribution]:
         >>> int(found["pred_variance"].histogram.sum())
         2
     """
+    found = _distributions(images, {})
+    units = {name: 2.0 ** np.ceil(np.log2(one.high)) for name, one in found.items() if one.high > 1.0}
+    return _distributions(images, units) if units else found
+
+
+def _distributions(images: Split, units: Mapping[str, float]) -> dict[str, Distribution]:
+    """The same with these units, by name of the variance."""
     names = (PREDICTIVE, SALIENCY)
     low: dict[str, float] = {}
     high: dict[str, float] = {}
@@ -103,10 +117,12 @@ def distributions(images: Split) -> dict[str, Distribution]:
                 histogram[name] = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=maps[name].device)
             smallest, largest = (float(value) for value in torch.aminmax(maps[name]))
             low[name], high[name] = min(low.get(name, np.inf), smallest), max(high.get(name, -np.inf), largest)
-            add_histogram(histogram[name], histogram_bin(maps[name]))
+            add_histogram(histogram[name], histogram_bin(maps[name] / units.get(name, 1.0)))
     if not histogram:
         raise ValueError("the validation split holds no image to take normalisation constants from")
-    return {name: Distribution(low[name], high[name], histogram[name].cpu().numpy()) for name in names}
+    return {
+        name: Distribution(low[name], high[name], histogram[name].cpu().numpy(), float(units.get(name, 1.0))) for name in names
+    }
 
 
 def min_max(distribution: Distribution) -> Linear:
@@ -122,14 +138,15 @@ def min_max(distribution: Distribution) -> Linear:
 def robust_quantile(distribution: Distribution, tail: float = 0.01) -> Linear:
     """From the `tail` quantile of the validation pixels to that of ``1 - tail``, so that one extreme pixel sets no scale."""
     cumulated = np.cumsum(distribution.histogram) / distribution.histogram.sum()
-    low, high = (bin_values()[np.searchsorted(cumulated, level)] for level in (tail, 1.0 - tail))
+    low, high = (distribution.unit * bin_values()[np.searchsorted(cumulated, level)] for level in (tail, 1.0 - tail))
     return Linear(float(low), float(high))
 
 
 def rank(distribution: Distribution) -> Rank:
     """Empirical distribution function of the validation pixels: uniform on validation, only their order matters."""
     middle = np.cumsum(distribution.histogram) - 0.5 * distribution.histogram
-    return Rank(distribution.low, distribution.high, (middle / distribution.histogram.sum()).astype(np.float32))
+    table = (middle / distribution.histogram.sum()).astype(np.float32)
+    return Rank(distribution.low, distribution.high, table, distribution.unit)
 
 
 NORMALISATIONS = {"min_max": min_max, "robust_quantile": robust_quantile, "rank": rank}

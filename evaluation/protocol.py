@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Callable, Optional
@@ -60,17 +60,35 @@ def count_splits(tuned: Tuned, validation: Split, test: Split, gather: Gather | 
         (('a', 'b'), 4)
     """
 
-    def count(part: str, images: Split, lambdas: tuple[float, ...], edges: Array | None = None) -> Counters:
-        share = iter(images)
-        first = next(share, None)
-        counted = None if first is None else count_scores(chain([first], share), tuned.fusion, lambdas, tuned.bins, edges)
-        shards = [shard for shard in (gather or _alone)(counted) if shard is not None]
-        if not shards:
-            raise ValueError(f"the {part} split holds no image to count")
-        return merge(shards)
+    counted = count_images(validation, tuned.fusion, (), tuned.bins, gather=gather, part="validation").with_curve(tuned.curve)
+    return counted, count_images(test, tuned.fusion, tuned.lambdas, tuned.bins, validation_edges(counted), gather)
 
-    counted = count("validation", validation, ()).with_curve(tuned.curve)
-    return counted, count("test", test, tuned.lambdas, validation_edges(counted))
+
+def count_images(
+    images: Split, fusion: Fusion, lambdas: tuple[float, ...], bins: int, edges: Array | None = None,
+    gather: Gather | None = None, part: str = "test",
+) -> Counters:
+    """Count the images of all processes, each process its share of them.
+
+    Args:
+        images: of this process, perhaps none; read once.
+        fusion: fitted on validation.
+        lambdas: of the lambda curve, ascending; none leaves it out.
+        bins: equal-width bins.
+        edges: the quantile bins of the validation split; None leaves them out.
+        gather: see :func:`count_splits`.
+        part: named where there is no image at all.
+
+    Raises:
+        ValueError: bad values in a map (named), or no process has an image.
+    """
+    share = iter(images)
+    first = next(share, None)
+    counted = None if first is None else count_scores(chain([first], share), fusion, lambdas, bins, edges)
+    shards = [shard for shard in (gather or _alone)(counted) if shard is not None]
+    if not shards:
+        raise ValueError(f"the {part} split holds no image to count")
+    return merge(shards)
 
 
 @dataclass
@@ -87,6 +105,7 @@ class Evaluation:
 def evaluate(
     validation: Split, test: Split, *,
     bins: int = 15, lambda_steps: int = 10, study: bool = False, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """From maps to a verdict: fit on validation, count both splits, compute everything.
 
@@ -98,6 +117,7 @@ def evaluate(
         study: also the other fusion rules and normalisations, and whether saliency adds anything.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        groups: by id (a patient, a lesion), what the bootstrap draws; an image without one stands for itself.
 
     Raises:
         ValueError: bad values in a map (named), an empty split, no foreground on validation.
@@ -115,7 +135,9 @@ def evaluate(
     """
     tuned = tune(validation, bins=bins, lambdas=lambda_grid(lambda_steps))
     counted, tested = count_splits(tuned, validation, test)
-    metrics = summarise(counted, tested, tuned.fusion, resamples=resamples, seed=seed)
+    metrics = summarise(counted, tested, tuned.fusion, resamples=resamples, seed=seed, groups=groups)
     if study:
-        metrics["study"] = run_study(validation, test, bins=bins, lambdas=tuned.lambdas, resamples=resamples, seed=seed)
+        metrics["study"] = run_study(
+            validation, test, bins=bins, lambdas=tuned.lambdas, resamples=resamples, seed=seed, groups=groups
+        )
     return Evaluation(tuned.fusion, counted, tested, metrics, per_image(tested))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
 import numpy as np
@@ -10,26 +10,61 @@ import numpy.typing as npt
 
 from evaluation.arrays import Array
 from evaluation.names import CONFIDENCE_STEP
+from evaluation.parallel import in_threads
 
 Key = TypeVar("Key", bound=object)
 
 LOWER_IS_BETTER, HIGHER_IS_BETTER = 1.0, -1.0
 
 
-def bootstrap_weights(images: int, resamples: int = 10_000, seed: int = 42, chunk: int = 256) -> Iterator[Array]:
+def units_of(ids: Sequence[str], groups: Mapping[str, str] | None) -> Array | None:
+    """What a bootstrap draws: the number of the group of each image, (I,).
+
+    Groups are numbered as they appear, so that groups of one image each give the resamples that images without groups
+    have. None where no image is in a group.
+
+    Args:
+        ids: of the images.
+        groups: by id (a patient, a lesion); an image without one stands for itself.
+
+    Example:
+        >>> units_of(["a", "b", "c", "d"], {"a": "p", "c": "p"}).tolist()
+        [0, 1, 0, 2]
+    """
+    if not groups or not any(id in groups for id in ids):
+        return None
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(groups.get(id, id), len(numbers)) for id in ids])
+
+
+def count_units(ids: Sequence[str], groups: Mapping[str, str] | None) -> int:
+    """How many units a bootstrap of these images draws from.
+
+    Example:
+        >>> count_units(["a", "b", "c", "d"], {"a": "p", "c": "p"})
+        3
+    """
+    return len({(groups or {}).get(id, id) for id in ids})
+
+
+def bootstrap_weights(
+    images: int, resamples: int = 10_000, seed: int = 42, chunk: int = 256, units: Array | None = None
+) -> Iterator[Array]:
     """Image-level resamples as weights, in chunks.
 
-    Pixels of one image depend on each other, images do not: the image is the unit. The same arguments give the
-    same rows, so that statistics from several calls are paired.
+    Pixels of one image depend on each other, images do not: the image is the unit. Where several images are of one
+    patient or lesion, they depend on each other as well, and that is the unit: it is drawn with all its images. The same
+    arguments give the same rows, so that statistics from several calls are paired.
 
     Args:
         images: how many I there are to draw from.
         resamples: rows in all.
         seed: of the draws.
         chunk: rows at a time at most.
+        units: the number of the unit of each image, (I,), see :func:`units_of`; None where every image is one.
 
     Yields:
-        (r, I) float64: how often each image was drawn, with replacement, as many as there are.
+        (r, I) float64: how often each image was drawn, with replacement, as many units as there are.
 
     Raises:
         ValueError: there is no image.
@@ -38,7 +73,14 @@ def bootstrap_weights(images: int, resamples: int = 10_000, seed: int = 42, chun
         >>> (weights,) = bootstrap_weights(images=5, resamples=3)
         >>> weights.shape, weights.sum(1).tolist()
         ((3, 5), [5.0, 5.0, 5.0])
+        >>> (weights,) = bootstrap_weights(images=3, resamples=9, units=np.array([0, 1, 0]))
+        >>> bool((weights[:, 0] == weights[:, 2]).all()), np.unique(weights[:, :2].sum(1)).tolist()
+        (True, [2.0])
     """
+    if units is not None:
+        for weights in bootstrap_weights(int(units.max()) + 1, resamples, seed, chunk):
+            yield weights[:, units]
+        return
     if images < 1:
         raise ValueError("no images to resample")
     rng = np.random.default_rng(seed)
@@ -50,7 +92,7 @@ def bootstrap_weights(images: int, resamples: int = 10_000, seed: int = 42, chun
 
 def bootstrap(
     counters: Mapping[str, Array], statistics: Callable[[dict[str, Array]], Mapping[Key, Array]],
-    resamples: int = 10_000, seed: int = 42, chunk: int = 256,
+    resamples: int = 10_000, seed: int = 42, chunk: int = 256, units: Array | None = None,
 ) -> dict[Key, Array]:
     """Statistics of resampled counters; the resampling is one matrix product, whose memory `chunk` bounds.
 
@@ -59,7 +101,7 @@ def bootstrap(
     Args:
         counters: arrays (I, ...) that add up over images; float32 ones are multiplied in float32.
         statistics: maps a dictionary of such arrays, summed, (r, ...), to a dictionary of arrays (r, ...).
-        resamples, seed, chunk: see :func:`bootstrap_weights`.
+        resamples, seed, chunk, units: see :func:`bootstrap_weights`.
 
     Returns:
         What `statistics` returns, (R, ...) each, in the order of the resamples.
@@ -74,15 +116,16 @@ def bootstrap(
     for name, value in counters.items():
         dtype = np.float32 if value.dtype == np.float32 else np.float64
         flat[name] = np.ascontiguousarray(value, dtype=dtype).reshape(len(value), -1)
-    results: dict[Key, list[Array]] = {}
-    for weights in bootstrap_weights(len(next(iter(flat.values()))), resamples, seed, chunk):
+
+    def measured(weights: Array) -> dict[Key, Array]:
         summed = {
             name: (weights.astype(value.dtype, copy=False) @ value).reshape((len(weights),) + shapes[name])
             for name, value in flat.items()
         }
-        for key, found in statistics(summed).items():
-            results.setdefault(key, []).append(np.asarray(found, dtype=np.float64))
-    return {key: np.concatenate(parts) for key, parts in results.items()}
+        return {key: np.asarray(found, dtype=np.float64) for key, found in statistics(summed).items()}
+
+    parts = in_threads(measured, bootstrap_weights(len(next(iter(flat.values()))), resamples, seed, chunk, units))
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def interval(samples: npt.ArrayLike, level: float = 0.95) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from evaluation.tuning import lambda_errors, tune
 def run_study(
     validation: Split, test: Split, *,
     bins: int = 15, lambdas: tuple[float, ...] = LAMBDAS, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """All tables of the study.
 
@@ -33,6 +34,7 @@ def run_study(
         lambdas: of the convex rule, ascending.
         resamples: of the bootstrap.
         seed: of the draws, the trees and the bootstrap.
+        groups: by id, what the bootstrap draws; see :func:`resampling.units_of`.
 
     Returns:
         "rules" (a list, see :func:`alternatives.fusion_table`), "added_value" and "added_value_of_trees" (see
@@ -57,11 +59,11 @@ def run_study(
     models = fit_error_models(validation, found)
     edges = model_edges(count_error_models(validation, models))
     return {
-        "rules": fusion_table(candidates, counted, tested, resamples, seed),
-        "added_value": added_value(models, count_error_models(test, models, edges), resamples, seed),
-        "added_value_of_trees": added_value_of_trees(validation, test, resamples, seed),
+        "rules": fusion_table(candidates, counted, tested, resamples, seed, groups),
+        "added_value": added_value(models, count_error_models(test, models, edges), resamples, seed, groups),
+        "added_value_of_trees": added_value_of_trees(validation, test, resamples, seed, groups),
         "without_widest_image": without_widest_image(
-            validation, test, bins=bins, lambdas=lambdas, resamples=resamples, seed=seed
+            validation, test, bins=bins, lambdas=lambdas, resamples=resamples, seed=seed, groups=groups
         ),
     }
 
@@ -79,6 +81,7 @@ class _Without:
 def without_widest_image(
     validation: Split, test: Split, *,
     bins: int = 15, lambdas: tuple[float, ...] = LAMBDAS, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """What would have been chosen and found without the validation image that has the largest saliency variance.
 
@@ -88,7 +91,7 @@ def without_widest_image(
 
     Args:
         validation, test: pairs of id and maps; read three times and once.
-        bins, lambdas, resamples, seed: as for :func:`run_study`.
+        bins, lambdas, resamples, seed, groups: as for :func:`run_study`.
 
     Returns:
         "image", "largest" and "largest_elsewhere" as :func:`summary.widest`; "lambda"; on test, "foreground_ece" by
@@ -101,7 +104,7 @@ def without_widest_image(
     found = widest(ids, np.array(largest))
     fusion = tune(_Without(validation, found["image"]), bins=bins, lambdas=lambdas).fusion
     curve = count_curve(test, fusion, lambdas, bins)
-    errors, samples = lambda_errors(curve.total()), lambda_samples(curve, resamples, seed)
+    errors, samples = lambda_errors(curve.total()), lambda_samples(curve, resamples, seed, groups)
     # the three scores are points of the curve
     place = {REFERENCE: len(lambdas) - 1, "saliency_variance": 0, "fused": lambdas.index(fusion.parameter)}
     differences = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from evaluation.names import (
 from evaluation.overlap import overlap_of_outcomes
 from evaluation.ranking import equal_mass_error, risk_coverage
 from evaluation.recalibration import METHODS
-from evaluation.resampling import bootstrap, bootstrap_weights, interval
+from evaluation.resampling import bootstrap, bootstrap_weights, count_units, interval, units_of
 from evaluation.tuning import lambda_errors
 
 HEADLINE_KEY = ("foreground", "raw", "ece")
@@ -87,7 +87,8 @@ def _overlap_columns(pixels: Array) -> dict[str, Array]:
 
 
 def summarise(
-    validation: Counters, test: Counters, fusion: Fusion, *, resamples: int = 10_000, seed: int = 42
+    validation: Counters, test: Counters, fusion: Fusion, *, resamples: int = 10_000, seed: int = 42,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that ``metrics.json`` holds about calibration, from counters alone.
 
@@ -99,6 +100,7 @@ def summarise(
         validation, test: see :func:`protocol.count_splits`.
         fusion: with which they were counted.
         resamples, seed: of the bootstrap.
+        groups: by id (a patient, a lesion), what the bootstrap draws; an image without one stands for itself.
 
     Returns:
         Plain numbers, texts, lists and dictionaries; None for NaN.
@@ -114,42 +116,65 @@ def summarise(
         >>> found["test"]["foreground_ece_difference"]["saliency_variance_minus_predictive_variance"]
         {'value': 1.0, 'interval': [1.0, 1.0], 'verdict': 'degrades'}
     """
-    table = score_table(validation, test, resamples, seed)
-    pairs = [("fused", REFERENCE), ("saliency_variance", REFERENCE), ("fused", "saliency_variance")]
-    sentences = {kind: verdict_sentence(fusion.parameter, table, len(test.ids), kind) for kind in ("raw", *METHODS)}
-    curves = {"validation": lambda_samples(validation, resamples, seed), "test": lambda_samples(test, resamples, seed)}
-    largest = validation.images["largest"]
+    table = score_table(validation, test, resamples, seed, groups)
+    grouped = any(units_of(part.ids, groups) is not None for part in (validation, test))
+    sample = f"{len(test.ids)} test images" + (f" in {count_units(test.ids, groups)} groups" if grouped else "")
+    sentences = {kind: verdict_sentence(fusion.parameter, table, sample, kind) for kind in ("raw", *METHODS)}
+    curve, largest = lambda_samples(validation, resamples, seed, groups), validation.images["largest"]
     return jsonable({  # type: ignore[no-any-return]
         "schema_version": SCHEMA_VERSION,
         "verdict": sentences.pop("raw"),
         "verdict_recalibrated": sentences,
         "lambda": fusion.parameter,
         "bins": test.bins,
-        "bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95, "unit": "image", "method": "percentile"},
+        "bootstrap": bootstrap_facts(grouped, resamples, seed),
         "normalisation": {
             PREDICTIVE: [fusion.predictive.low, fusion.predictive.high],
             SALIENCY: [fusion.saliency.low, fusion.saliency.high],
         },
         "validation": {
-            **_overlaps(validation, resamples, seed),
-            **_curve(validation, curves["validation"]),
-            "lambda_selection": lambda_selection(validation.lambdas, curves["validation"]),
+            **_overlaps(validation, resamples, seed, groups),
+            **_curve(validation, curve),
+            "lambda_selection": lambda_selection(validation.lambdas, curve),
             "range_set_by": {
                 name: widest(validation.ids, largest[:, index]) for index, name in enumerate((PREDICTIVE, SALIENCY))
             },
         },
-        "test": {
-            **_overlaps(test, resamples, seed),
-            "foreground_ece": {name: table.value(HEADLINE_KEY, name) for name in HEADLINE},
-            "foreground_ece_interval": {name: table.estimate(HEADLINE_KEY, name)["interval"] for name in HEADLINE},
-            "foreground_ece_difference": {
-                f"{first}_minus_{second}": table.difference(HEADLINE_KEY, first, second) for first, second in pairs
-            },
-            **_curve(test, curves["test"]),
-            "regions": {region: _region(region, test, table) for region in REGIONS},
-            "ranking_of_images": ranking_of_images(test, resamples, seed),
-        },
+        "test": _test(test, table, resamples, seed, groups),
     })
+
+
+def summarise_test(
+    validation: Counters, test: Counters, *, resamples: int = 10_000, seed: int = 42, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What :func:`summarise` says under "test", of any images that were counted with the fusion and the quantile bins of
+    the validation split; its arguments are the same."""
+    table = score_table(validation, test, resamples, seed, groups)
+    return jsonable(_test(test, table, resamples, seed, groups))  # type: ignore[no-any-return]
+
+
+def bootstrap_facts(grouped: bool, resamples: int, seed: int) -> dict[str, Any]:
+    """What the metrics say of their intervals."""
+    return {
+        "resamples": resamples, "seed": seed, "level": 0.95, "unit": "group" if grouped else "image", "method": "percentile"
+    }
+
+
+def _test(
+    test: Counters, table: ScoreTable, resamples: int, seed: int, groups: Mapping[str, str] | None
+) -> dict[str, Any]:
+    pairs = [("fused", REFERENCE), ("saliency_variance", REFERENCE), ("fused", "saliency_variance")]
+    return {
+        **_overlaps(test, resamples, seed, groups),
+        "foreground_ece": {name: table.value(HEADLINE_KEY, name) for name in HEADLINE},
+        "foreground_ece_interval": {name: table.estimate(HEADLINE_KEY, name)["interval"] for name in HEADLINE},
+        "foreground_ece_difference": {
+            f"{first}_minus_{second}": table.difference(HEADLINE_KEY, first, second) for first, second in pairs
+        },
+        **_curve(test, lambda_samples(test, resamples, seed, groups)),
+        "regions": {region: _region(region, test, table) for region in REGIONS},
+        "ranking_of_images": ranking_of_images(test, resamples, seed, groups),
+    }
 
 
 def widest(ids: Sequence[str], largest: Array) -> dict[str, Any]:
@@ -173,12 +198,15 @@ def widest(ids: Sequence[str], largest: Array) -> dict[str, Any]:
     return {"image": ids[first], "largest": largest[first], "largest_elsewhere": others.max() if len(others) else np.nan}
 
 
-def _overlaps(counters: Counters, resamples: int, seed: int) -> dict[str, Any]:
+def _overlaps(
+    counters: Counters, resamples: int, seed: int, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Numbers of images and pixels, mean overlaps with their intervals, clipped pixels, empty heatmaps."""
     pixels = confusion(counters)
     columns = _overlap_columns(pixels)
     means = np.stack(list(columns.values()), 1)
-    samples = np.concatenate([weights @ means / len(means) for weights in bootstrap_weights(len(means), resamples, seed)])
+    drawn = bootstrap_weights(len(means), resamples, seed, units=units_of(counters.ids, groups))
+    samples = np.concatenate([weights @ means / weights.sum(1, keepdims=True) for weights in drawn])
     empty = counters.images["empty_cams"]
     result: dict[str, Any] = {"images": len(counters.ids), "pixels": int(pixels.sum())}
     for index, name in enumerate(columns):
@@ -232,10 +260,11 @@ def _measures(region: str, name: str, table: ScoreTable) -> dict[str, Any]:
 # ---------------------------------------------------------------- the lambda curve
 
 
-def lambda_samples(counters: Counters, resamples: int, seed: int) -> Array:
-    """Foreground ECE at every lambda in resamples of the images, (R, L)."""
+def lambda_samples(counters: Counters, resamples: int, seed: int, groups: Mapping[str, str] | None = None) -> Array:
+    """Foreground ECE at every lambda in resamples of the images, or of groups of them, (R, L)."""
     arrays = {name: counters.images[name] for name in ("lambda_count", "lambda_confidence")}
-    return bootstrap(arrays, lambda summed: {"ece": lambda_errors(summed)}, resamples, seed)["ece"]
+    units = units_of(counters.ids, groups)
+    return bootstrap(arrays, lambda summed: {"ece": lambda_errors(summed)}, resamples, seed, units=units)["ece"]
 
 
 def _curve(counters: Counters, samples: Array) -> dict[str, Any]:
@@ -274,31 +303,32 @@ def lambda_selection(lambdas: Sequence[float], samples: Array) -> dict[str, Any]
 # ---------------------------------------------------------------- the verdict
 
 
-def verdict_sentence(lam: Parameter, table: ScoreTable, images: int, kind: str = "raw") -> str:
+def verdict_sentence(lam: Parameter, table: ScoreTable, sample: str, kind: str = "raw") -> str:
     """The answer in one sentence, from the paired interval of fused minus predictive foreground ECE.
 
     Args:
         lam: the tuned lambda.
         table: of the test split.
-        images: how many test images there are.
+        sample: how many test images there are, in words.
         kind: "raw", or the recalibration method after which the errors are compared.
     """
     key: Key = ("foreground", kind, "ece")
     before, after = table.value(key, REFERENCE), table.value(key, "fused")
-    error = "foreground calibration error" if kind == "raw" else f"foreground calibration error after {kind} recalibration"
+    words = {"platt": "Platt"}.get(kind, kind)
+    error = "foreground calibration error" + ("" if kind == "raw" else f" after {words} recalibration")
     if not np.isfinite([before, after]).all():
         return f"No difference shown: the test masks hold no foreground pixel, so that there is no {error}."
     if lam == 1.0:
         low, high = table.estimate(key, REFERENCE)["interval"]
         return (
             f"No difference shown: the tuned lambda is 1, so that the fused score is predictive variance alone; "
-            f"its {error} is {before:.4f} (95 % interval {low:.4f} to {high:.4f}, {images} test images)."
+            f"its {error} is {before:.4f} (95 % interval {low:.4f} to {high:.4f}, {sample})."
         )
     found = table.difference(key, "fused", REFERENCE)
     low, high = found["interval"]
     numbers = (
         f"from {before:.4f} to {after:.4f}, a difference of {found['value']:+.4f} "
-        f"(95 % interval {low:+.4f} to {high:+.4f}, paired over {images} test images)"
+        f"(95 % interval {low:+.4f} to {high:+.4f}, paired over {sample})"
     )
     if found["verdict"] == "no difference shown":
         return f"No difference shown: fusing at lambda = {lam:g} changes the {error} {numbers}."

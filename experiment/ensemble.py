@@ -16,7 +16,7 @@ from evaluation.image_maps import ImageMaps
 from evaluation.protocol import evaluate
 from evaluation.scores import binary_entropy
 from experiment.checks import PARTS
-from experiment.maps import SavedMaps
+from experiment.maps import MEASURED, SavedMaps
 from inference.moments import Moments, PassDice
 from runtime.errors import UserError
 from runtime.records import read_json, read_sealed
@@ -113,6 +113,8 @@ def ensemble_of(folders: Sequence[Path], device: torch.device = CPU) -> dict[str
             )
             for folder, _, record in records
         ]
+        for member in members:  # given maps may have no entropy of the passes, which says nothing about an ensemble
+            member.names = tuple(name for name in MEASURED if name != "expected_entropy")
         found[part] = EnsembleMaps(members, identities)
     return found
 

@@ -23,6 +23,10 @@ MAP_ARRAYS = {
 }
 #: Arrays that a file holds where they were asked for; also (H, W).
 EXTRA_ARRAYS = {"flip_variance": np.float32}
+#: The picture that maps from elsewhere may bring along: uint8 (H, W, 3).
+IMAGE = "image"
+#: Of "empty_cams": the maps are not those of a network that this program ran.
+NO_HEATMAPS = -1
 
 
 def write_maps(
@@ -33,8 +37,8 @@ def write_maps(
 
     Args:
         path: ``<id>.npz``.
-        maps: arrays (H, W) named as in ``MAP_ARRAYS`` and ``EXTRA_ARRAYS``; "fused_score" may come later.
-        empty_cams: how many Grad-CAM heatmaps were zero everywhere.
+        maps: arrays (H, W) named as in ``MAP_ARRAYS`` and ``EXTRA_ARRAYS``, and perhaps ``IMAGE``; "fused_score" may come later.
+        empty_cams: how many Grad-CAM heatmaps were zero everywhere; ``NO_HEATMAPS`` where there were none.
         identity: fingerprint of what made the maps.
         fallbacks: 1 where the maps overflowed in half precision and were made in fp32, else 0.
         fusion: fingerprint of the fusion that made "fused_score", where that is there.
@@ -80,6 +84,8 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
                 raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
             if not np.isfinite(values).all():
                 raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
+    if IMAGE in maps and (maps[IMAGE].dtype != np.uint8 or maps[IMAGE].shape != (*shape, 3)):
+        raise UserError(f"{path}: {IMAGE} is {maps[IMAGE].dtype} {maps[IMAGE].shape}, not uint8 (H, W, 3); {remedy}")
     numbers = (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str), ("pass_dice", "f", float))
     for name, kinds, plain in numbers:
         if name not in maps:  # only the last can be missing
@@ -94,3 +100,11 @@ def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
     if "fusion" in maps:
         maps["fusion"] = str(maps["fusion"])
     return maps
+
+
+def picture_of(maps: Mapping[str, Any]) -> np.ndarray:
+    """The picture behind the maps of an image, uint8 (H, W, 3): ``IMAGE`` among them, else the mean prediction in grey."""
+    if IMAGE in maps:
+        return np.asarray(maps[IMAGE])
+    grey = np.rint(255 * maps["mean_prediction"]).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)

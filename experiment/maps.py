@@ -16,10 +16,10 @@ from evaluation.fusion import Fusion
 from evaluation.names import PREDICTIVE, SALIENCY
 from experiment.checks import Range, check_first_image, check_predictive_range
 from experiment.map_files import EXTRA_ARRAYS, MAP_ARRAYS, read_maps, write_maps
+from experiment.networks import Network, target_layer
 from experiment.results import unfinish
 from experiment.run import Run
 from isic.cache import DecodedPairs
-from model import UNet
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
@@ -167,10 +167,10 @@ def _name(fusion: Fusion) -> str:
     return fingerprint(repr(fusion))
 
 
-def map_options(config: Config, model: UNet) -> dict[str, Any]:
+def map_options(config: Config, model: Network) -> dict[str, Any]:
     """The keyword arguments of :func:`uncertainty.uncertainty_maps` that a configuration stands for."""
     return {
-        "target_layer": getattr(model, config.target_layer), "passes": config.passes, "seed": config.seed,
+        "target_layer": target_layer(config, model), "passes": config.passes, "seed": config.seed,
         "normalise_cam": config.cam_scale == "maximum", "cam_score": config.cam_score,
         "precision": config.precision,
     }
@@ -182,7 +182,7 @@ def extra_arrays(config: Config) -> tuple[str, ...]:
 
 
 def make_maps(
-    run: Run, model: UNet, pairs: DecodedPairs, part: str, ids: Sequence[str], fusion: Fusion | None = None
+    run: Run, model: Network, pairs: DecodedPairs, part: str, ids: Sequence[str], fusion: Fusion | None = None
 ) -> SavedMaps:
     """Make the maps of one part that are not there yet, and save each as soon as it is finished.
 
@@ -235,13 +235,15 @@ def make_maps(
     return saved
 
 
-def _make(run: Run, model: UNet, names: list[str], images: torch.Tensor) -> tuple[UncertaintyMaps, torch.Tensor | None]:
+def _make(run: Run, model: Network, names: list[str], images: torch.Tensor) -> tuple[UncertaintyMaps, torch.Tensor | None]:
     """The maps of some images, and their variance over flips where it is asked for."""
     try:
         maps = uncertainty_maps(model, images, image_ids=names, **map_options(run.config, model))
         return maps, flip_variance(model, images) if extra_arrays(run.config) else None
     except ValueError as error:  # weights that overflow; the message names the image
-        raise UserError(f"{error}; delete {run.results / 'weights'} and train again, with a lower --lr") from error
+        given = run.config.model_weights
+        advice = f"look at {given}" if given else f"delete {run.results / 'weights'} and train again, with a lower --lr"
+        raise UserError(f"{error}; {advice}") from error
 
 
 def _by_image(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 from evaluation.counting import Counters
 from evaluation.detectors import detector_numbers
+from evaluation.fusion import Fusion
 from evaluation.protocol import count_splits
 from evaluation.study import run_study
 from evaluation.summary import per_image, summarise
 from evaluation.tuning import Tuned
 from experiment.checks import warnings_of
 from experiment.maps import SavedMaps
-from experiment.pooling import conclude_run
+from experiment.pooling import conclude_run, read_training
 from experiment.results import write_counts
 from experiment.run import Run
+from experiment.targets import CountedTarget, TargetSet, count_targets, target_numbers
 from runtime.progress import stage
 
 
@@ -30,44 +34,101 @@ class Numbers(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def measure(run: Run, tuned: Tuned, validation: SavedMaps, test: SavedMaps) -> Numbers:
+def measure(
+    run: Run, tuned: Tuned, validation: SavedMaps, test: SavedMaps, groups: Mapping[str, str] | None = None,
+    targets: Sequence[tuple[TargetSet, SavedMaps]] = (),
+) -> Numbers:
     """Count the pixels of both splits and compute every number; all processes call it together and get the same.
 
-    The maps get their fused scores, and ``calibration.npz`` is written on the way.
+    The maps get their fused scores, and ``calibration.npz`` is written on the way, with ``per_image_<name>.csv`` of every
+    other test set.
+
+    Args:
+        run: that the maps are of.
+        tuned: on validation.
+        validation, test: maps of both splits.
+        groups: by id, what every bootstrap draws and what shares a fold; an image without one stands for itself.
+        targets: other test sets with their maps, which have their fused scores.
     """
     config, group = run.config, run.group
     for part in (validation, test):
         part.add_fused_scores(tuned.fusion, group)
     counted = count_splits(tuned, validation.counted_by(group), test.counted_by(group), gather=group.gathered)
+    others = count_targets(run, tuned.fusion, counted[1], targets)
     fallbacks = {part.folder.name: part.fallbacks(group) for part in (validation, test)}
     ranges = {part.folder.name: part.ranges(group) for part in (validation, test)}
 
     def compute() -> Numbers:
-        write_counts(run, *counted)
-        metrics, rows = _numbers_of(run, tuned, counted, validation, test), per_image(counted[1])
+        write_counts(run, *counted, {one.target.name: one.counters for one in others})
+        metrics, rows = _numbers_of(run, tuned, counted, validation, test, groups), per_image(counted[1])
         for part, count in fallbacks.items():
             metrics[part]["precision_fallbacks"] = count
         metrics["warnings"] = warnings_of(metrics, rows, config.passes, ranges)
+        _add_targets(run, metrics, [target_numbers(run, tuned.fusion, counted, groups, one) for one in others], others)
         stage("evaluation", f"lambda = {metrics['lambda']:g}, {config.resamples} resamples{', study' if config.study else ''}")
         return Numbers(metrics, rows)
 
     return group.shared(compute)
 
 
+def measure_targets(run: Run, make: Callable[[Fusion], Sequence[tuple[TargetSet, SavedMaps]]]) -> Numbers:
+    """The numbers of a finished run as they are, and those of other test sets beside them; called by all processes together.
+
+    ``calibration.npz`` is written with the counts of the finished run, ``per_image_<name>.csv`` for every other set.
+
+    Args:
+        run: takes weights, fusion and counts of a finished one.
+        make: from that fusion to other test sets with their maps, which have their fused scores.
+    """
+    finished = read_training(Path(str(run.config.weights_from)))
+    result, groups = finished.result, finished.record.get("groups")
+    counted = result.validation, result.test
+    others = count_targets(run, result.fusion, result.test, make(result.fusion))
+
+    def compute() -> Numbers:
+        write_counts(run, *counted, {one.target.name: one.counters for one in others})
+        own = {name: value for name, value in finished.metrics.items() if name not in ("checksum", "targets")}
+        metrics = {**own, "numbers_from": str(finished.folder), "warnings": [
+            warning for warning in own.get("warnings", ()) if warning.get("target") is None
+        ]}
+        _add_targets(run, metrics, [target_numbers(run, result.fusion, counted, groups, one) for one in others], others)
+        stage("evaluation", f"{len(others)} other test sets; the numbers of the source are those of {finished.folder}")
+        return Numbers(metrics, per_image(result.test))
+
+    return run.group.shared(compute)
+
+
+def _add_targets(
+    run: Run, metrics: dict[str, Any], numbers: Sequence[Mapping[str, Any]], others: Sequence[CountedTarget]
+) -> None:
+    """Put the numbers of other test sets beside those of the source, and their warnings among its own.
+
+    Tables of sets that an earlier command measured are deleted.
+    """
+    found = dict(zip((one.target.name for one in others), numbers))
+    for path in run.results.glob("per_image_*.csv"):
+        if path.stem[len("per_image_"):] not in found:
+            path.unlink()
+    if found:
+        metrics["targets"] = found
+        metrics["warnings"] += [{**warning, "target": name} for name, one in found.items() for warning in one["warnings"]]
+
+
 def _numbers_of(
-    run: Run, tuned: Tuned, counted: tuple[Counters, Counters], validation: SavedMaps, test: SavedMaps
+    run: Run, tuned: Tuned, counted: tuple[Counters, Counters], validation: SavedMaps, test: SavedMaps,
+    groups: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Every number that follows from the counts, and from the maps where the configuration asks for more."""
     config = run.config
-    metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed)
-    metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted)
+    metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed, groups=groups)
+    metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted, groups)
     metrics["verdict"] = metrics["conclusion"]["sentence"]
     if config.study or config.flips:
         metrics["detectors"] = detector_numbers(
-            validation, test, tuned.fusion, bins=config.bins, resamples=config.resamples, seed=config.seed
+            validation, test, tuned.fusion, bins=config.bins, resamples=config.resamples, seed=config.seed, groups=groups
         )
     if config.study:
         metrics["study"] = run_study(
-            validation, test, bins=config.bins, lambdas=tuned.lambdas, resamples=config.resamples, seed=config.seed
+            validation, test, bins=config.bins, lambdas=tuned.lambdas, resamples=config.resamples, seed=config.seed, groups=groups
         )
     return metrics

@@ -22,8 +22,9 @@ from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, PERMUTATIONS,
 from evaluation.counting import Counters
 from evaluation.fusion import Fusion
 from evaluation.names import SCHEMA_VERSION
+from experiment.saved_fusion import fusion_of
 from experiment.saved_run import PooledRun
-from experiment.trained_run import fusion_of
+from experiment.terms import Terms
 from runtime.config import Config
 from runtime.errors import UserError, one_line
 from runtime.files import remove_partials
@@ -35,8 +36,11 @@ POOLED = Path("results/pooled")
 RESAMPLES = 500
 #: Of the counts of each image, what a conclusion needs and older versions did not save.
 NEEDED = ("joint", "cell_sums", "largest", "error_cells")
-#: Recorded inputs in which trainings of one study may differ; fingerprints of taken weights differ with the seed.
-MAY_DIFFER = ("seed", "weights")
+#: Before the name of another test set, in the names of saved counts.
+TARGET = "target:"
+#: Recorded inputs in which trainings of one study may differ; fingerprints of taken weights and of given maps differ with
+#: the training.
+MAY_DIFFER = ("seed", "weights", "maps")
 
 
 # ---------------------------------------------------------------- concluding
@@ -54,7 +58,8 @@ def check_margins(margins: Mapping[str, float] | None) -> None:
 
 
 def conclude_trainings(
-    trainings: Sequence[TrainingResult], resamples: int, margins: Mapping[str, float] | None, permutations: int = PERMUTATIONS
+    trainings: Sequence[TrainingResult], resamples: int, margins: Mapping[str, float] | None, permutations: int = PERMUTATIONS,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What one training or several of the same experiment show, with the same resamples however they were run.
 
@@ -63,6 +68,7 @@ def conclude_trainings(
         resamples: at most ``RESAMPLES`` of them are taken.
         margins: by endpoint, where it is not the default.
         permutations: of the null of the error models; 0 leaves it out.
+        groups: by id, what is drawn and what shares a fold; an image without one stands for itself.
 
     Returns:
         See :func:`evaluation.conclusion.conclude`.
@@ -70,14 +76,16 @@ def conclude_trainings(
     in_order = sorted(trainings, key=lambda training: training.seed)
     return conclude(
         in_order, resamples=min(resamples, RESAMPLES), seed=in_order[0].seed,
-        margins={**DEFAULT_MARGINS, **(margins or {})}, permutations=permutations,
+        margins={**DEFAULT_MARGINS, **(margins or {})}, permutations=permutations, groups=groups,
     )
 
 
-def conclude_run(config: Config, fusion: Fusion, validation: Counters, test: Counters) -> dict[str, Any]:
+def conclude_run(
+    config: Config, fusion: Fusion, validation: Counters, test: Counters, groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """:func:`conclude_trainings` of one training, as it is configured; the permutation null with ``--study`` alone."""
     result = TrainingResult(f"seed-{config.seed}", config.seed, fusion, validation, test)
-    return conclude_trainings([result], config.resamples, config.margin, PERMUTATIONS if config.study else 0)
+    return conclude_trainings([result], config.resamples, config.margin, PERMUTATIONS if config.study else 0, groups)
 
 
 # ---------------------------------------------------------------- reading a finished training
@@ -91,12 +99,14 @@ class FinishedTraining(NamedTuple):
         metrics: ``metrics.json``.
         record: ``config.json``.
         result: its counts.
+        targets: the counts of other test sets, by name.
     """
 
     folder: Path
     metrics: Mapping[str, Any]
     record: Mapping[str, Any]
     result: TrainingResult
+    targets: Mapping[str, Counters]
 
 
 def read_training(folder: Path) -> FinishedTraining:
@@ -117,13 +127,15 @@ def read_training(folder: Path) -> FinishedTraining:
     if not isinstance(inputs, dict) or not identity == record.get("identity") == metrics["config_identity"]:
         raise UserError(f"{folder / 'metrics.json'} does not belong to the config.json beside it; run main.py again")
     seed = int(inputs["seed"])
-    validation, test = read_counts(folder / "calibration.npz", str(metrics["identity"]))
+    parts = read_counts(folder / "calibration.npz", str(metrics["identity"]))
     fusion = fusion_of(metrics, folder / "metrics.json")
-    return FinishedTraining(folder, metrics, record, TrainingResult(f"seed-{seed}", seed, fusion, validation, test))
+    result = TrainingResult(f"seed-{seed}", seed, fusion, parts.pop("validation"), parts.pop("test"))
+    targets = {name[len(TARGET):]: counts for name, counts in parts.items() if name[len(TARGET):] in metrics.get("targets", ())}
+    return FinishedTraining(folder, metrics, record, result, targets)
 
 
-def read_counts(path: Path, identity: str) -> tuple[Counters, Counters]:
-    """The counts of the validation and of the test images that :func:`experiment.results.write_counts` saved.
+def read_counts(path: Path, identity: str) -> dict[str, Counters]:
+    """The counts that :func:`experiment.results.write_counts` saved, by part: "validation", "test", "target:<name>".
 
     Args:
         path: the file.
@@ -135,20 +147,21 @@ def read_counts(path: Path, identity: str) -> tuple[Counters, Counters]:
     try:
         with np.load(path, allow_pickle=False) as content:
             found = str(content["identity"])
-            arrays = {name: content[name] for name in content.files if "/" in name}
-        validation, test = (
-            Counters.from_arrays({name[len(part):]: values for name, values in arrays.items() if name.startswith(part)})
-            for part in ("validation/", "test/")
-        )
+            arrays: dict[str, dict[str, np.ndarray]] = {"validation": {}, "test": {}}
+            for name in content.files:
+                part, slash, array = name.partition("/")
+                if slash:
+                    arrays.setdefault(part, {})[array] = content[name]
+        parts = {part: Counters.from_arrays(values) for part, values in arrays.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}; run main.py again") from error
     except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} does not hold the counts of a run ({one_line(error)}); run main.py again") from error
     if found != identity:
         raise UserError(f"{path} is not of the run that the metrics.json beside it describes; run main.py again")
-    if any(name not in counts.images for counts in (validation, test) for name in NEEDED):
+    if any(name not in counts.images for counts in parts.values() for name in NEEDED):
         raise _of_another_version(path.parent)
-    return validation, test
+    return parts
 
 
 def _of_another_version(folder: Path) -> UserError:
@@ -162,7 +175,10 @@ def _of_another_version(folder: Path) -> UserError:
 
 
 def check_together(trainings: Sequence[FinishedTraining]) -> None:
-    """Refuse trainings that differ in more than the seed, and two of one seed.
+    """Refuse trainings that differ in more than the seed, two of one seed, and two that judged the same given maps.
+
+    Runs of ``--maps`` are trainings of one experiment when their files have the same ids and masks; what tells them apart is
+    the ``--seed`` that each was given.
 
     Raises:
         UserError: names both folders, and the settings in which they differ.
@@ -174,6 +190,13 @@ def check_together(trainings: Sequence[FinishedTraining]) -> None:
         if seed in seeds:
             raise UserError(f"{seeds[seed]} and {training.folder} are both of seed {seed}; leave one out")
         seeds[seed] = training.folder
+    maps: dict[str, Path] = {}
+    for training in trainings:
+        content = training.record["decides"].get("maps")
+        if content in maps:
+            raise UserError(f"{maps[content]} and {training.folder} judged the same maps, which are those of one training")
+        if content is not None:
+            maps[content] = training.folder
     for training in trainings[1:]:
         one, two = first.record["decides"], training.record["decides"]
         changed = [
@@ -255,7 +278,13 @@ def pool_trainings(folders: Sequence[Path], results: Path, config: Config) -> Po
     """
     trainings = sorted(map(read_training, folders), key=lambda training: training.result.seed)
     check_together(trainings)
-    conclusion = conclude_trainings([training.result for training in trainings], config.resamples, config.margin)
+    groups = trainings[0].record.get("groups")
+    conclusion = conclude_trainings(
+        [training.result for training in trainings], config.resamples, config.margin, groups=groups
+    )
+    names = trainings[0].metrics.get("score_names")
+    if names is not None:
+        conclusion = Terms(names["first"], names["second"]).in_metrics(conclusion)
     notes = dict.fromkeys(training.metrics.get("data_note") for training in trainings)  # each once, in order
     dices = [training.metrics["test"]["dice"] for training in trainings]
     metrics = {
@@ -269,11 +298,21 @@ def pool_trainings(folders: Sequence[Path], results: Path, config: Config) -> Po
             for training, dice in zip(trainings, dices)
         ],
         "conclusion": conclusion,
-        "test": {"images": len(trainings[0].result.test.ids), "dice": float(np.mean(dices))},
+        **({"score_names": names} if names is not None else {}),
+        "test": _mean_test([training.metrics["test"] for training in trainings], len(trainings[0].result.test.ids)),
     }
     metrics["warnings"] = [
         {**warning, "text": f"{training.result.name}: {warning['text']}"}
         for training in trainings for warning in training.metrics.get("warnings", ())
+    ]
+    targets, others = _shared_targets(trainings)
+    if targets:
+        metrics["targets"] = {
+            entry["name"]: _pooled_target(trainings, entry, groups or {}, config) for entry in targets
+        }
+    metrics["warnings"] += [
+        {"code": "target_left_out", "text": f"Test set {name} is left out: not every training was measured on it."}
+        for name in others
     ]
     if config.ensemble:
         from experiment.ensemble import ensemble_numbers  # loads all that makes maps; here alone are maps read
@@ -283,6 +322,57 @@ def pool_trainings(folders: Sequence[Path], results: Path, config: Config) -> Po
             resamples=config.resamples, seed=trainings[0].result.seed,
         )
     return Pool(seal(metrics), _record(trainings, results, config))
+
+
+def _mean_test(tests: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
+    """The headline numbers of a test set, means over trainings; None where a training has no such number."""
+    found: dict[str, Any] = {"images": images, "dice": float(np.mean([test["dice"] for test in tests]))}
+    if all("foreground_ece" in test for test in tests):
+        found["foreground_ece"] = {
+            score: _mean([test["foreground_ece"][score] for test in tests]) for score in tests[0]["foreground_ece"]
+        }
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _shared_targets(trainings: Sequence[FinishedTraining]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The records of the other test sets that every training was measured on, and the names of all others."""
+
+    def of(training: FinishedTraining) -> dict[str, Mapping[str, Any]]:
+        return {entry["name"]: entry for entry in training.record.get("targets", ()) if entry["name"] in training.targets}
+
+    found = [of(training) for training in trainings]
+    shared = [
+        entry for name, entry in found[0].items()
+        if all(name in one and one[name]["fingerprint"] == entry["fingerprint"] for one in found)
+    ]
+    names = {entry["name"] for entry in shared}
+    return shared, sorted({name for one in found for name in one} - names)
+
+
+def _pooled_target(
+    trainings: Sequence[FinishedTraining], entry: Mapping[str, Any], groups: Mapping[str, str], config: Config
+) -> dict[str, Any]:
+    """The numbers of another test set from all trainings: means over them, and one conclusion."""
+    name = entry["name"]
+    results = [training.result._replace(test=training.targets[name]) for training in trainings]
+    numbers = [training.metrics["targets"][name] for training in trainings]
+    return {
+        "test": _mean_test([one["test"] for one in numbers], len(results[0].test.ids)),
+        # the null of the error models is that of the source's test images
+        "conclusion": conclude_trainings(
+            results, config.resamples, config.margin, permutations=0, groups={**groups, **entry.get("groups", {})}
+        ),
+        "shift": {
+            quantity: {side: _mean([one["shift"][quantity][side] for one in numbers]) for side in sides}
+            for quantity, sides in numbers[0]["shift"].items()
+        },
+        "by_training": [{"dice": one["test"]["dice"], "foreground_ece": one["test"]["foreground_ece"]} for one in numbers],
+    }
 
 
 def _record(trainings: Sequence[FinishedTraining], results: Path, config: Config) -> dict[str, Any]:
@@ -296,6 +386,9 @@ def _record(trainings: Sequence[FinishedTraining], results: Path, config: Config
         "configuration": {**first["configuration"], **asked, "seed": trainings[0].result.seed, "trainings": len(trainings)},
         "pooled": [{"name": training.result.name, "folder": _seen_from(results, training.folder)} for training in trainings],
         **{key: first.get(key) for key in ("synthetic", "images", "masks", "data_fingerprint", "split", "skipped")},
+        **({"groups": first["groups"]} if "groups" in first else {}),
+        **({"maps": {"from_elsewhere": True}} if "maps" in first else {}),
+        **({"targets": targets} if (targets := _shared_targets(trainings)[0]) else {}),
         "environments": [entry for place, entry in enumerate(environments) if entry not in environments[:place]],
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

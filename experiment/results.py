@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +16,11 @@ import torch
 
 from dataset import Data
 from evaluation.counting import Counters
+from experiment.networks import network_inputs
 from experiment.run import Run
-from isic.source import Source
+from experiment.source_run import finished_record
+from isic.cache import DecodedPairs
+from isic.source import Source, find_targets
 from runtime.checkpoints import load_checkpoint, state_fingerprint
 from runtime.config import AFTER_TRAINING, Config
 from runtime.devices import training_precision
@@ -29,13 +32,18 @@ from runtime.progress import complain
 from runtime.records import fingerprint, read_json, read_sealed, write_json
 
 RESULTS = Path("results")
-MAP_FOLDERS = ("uncertainty_maps/validation", "uncertainty_maps/test")
 #: The numbers of a finished run; the first says that it is finished.
 NUMBERS = ("metrics.json", "report.html", "report.md", "per_image.csv", "calibration.npz")
 
 
 def results_folder(config: Config, source: Source) -> Path:
-    """The folder of a run or of several trainings: the one that was named, or that of the dataset."""
+    """The folder of a run or of several trainings: the one that was named, or that of the dataset.
+
+    A command that takes weights to other test sets has one of its own, beside that of the run that it takes them from.
+    """
+    if config.results is None and config.weights_from is not None and (config.test_data or config.test_images):
+        names = "-".join(target.name for target in find_targets(config))
+        return RESULTS / f"{Path(config.weights_from).resolve().name}-on-{names}"
     quick = "-quick" if config.quick and not source.synthetic else ""
     several = "-trainings" if config.trainings > 1 else ""
     return Path(config.results or RESULTS / f"{source.name}{quick}{several}")
@@ -65,7 +73,7 @@ def held(results: Path, group: ProcessGroup, kept: Callable[[Path], str] = kept_
 
         def hold() -> None:
             stack.enter_context(FolderLock(results))
-            remove_partials(results, *(results / name for name in ("weights", "figures", *MAP_FOLDERS)))
+            remove_partials(results, results / "weights", results / "figures", *results.glob("uncertainty_maps/*"))
 
         group.shared(hold)
         try:
@@ -75,8 +83,19 @@ def held(results: Path, group: ProcessGroup, kept: Callable[[Path], str] = kept_
             raise
 
 
-def claim_results(results: Path, config: Config, source: Source, data: Data, group: ProcessGroup) -> Run:
+def claim_results(
+    results: Path, config: Config, source: Source, data: Data | None, group: ProcessGroup,
+    targets: Sequence[Mapping[str, Any]] = (),
+) -> Run:
     """Write ``config.json`` and return the run that the folder now belongs to.
+
+    Args:
+        results: the folder.
+        config: of the run.
+        source: of its images.
+        data: the images; None where those of the run that the weights are taken from have been measured already.
+        group: of processes.
+        targets: what the record says of each other test set. None of them decides what the run is.
 
     Raises:
         UserError: the folder holds the work of another configuration or of other data.
@@ -84,57 +103,131 @@ def claim_results(results: Path, config: Config, source: Source, data: Data, gro
 
     def claim() -> str:
         inputs = identity_inputs(results, config, data, group.device)
-        record = _record(config, source, data, group.device, inputs)
-        path = results / "config.json"
-        if config.fresh:
-            clear_results(results)
-        if path.exists():
-            old = read_json(path)
-            _refuse_other_settings(results, old, inputs)
-            record["earlier"] = _earlier_environments(old, record)
-        else:  # what is there cannot be this run's
-            unfinish(results)
-        write_json(path, record)
-        return str(record["identity"])
+        facts = _facts_of_run(Path(str(config.weights_from))) if data is None else _facts(source, data)
+        record = _record(config, facts, group.device, inputs)
+        if targets:
+            record["targets"] = list(targets)
+        return claim_folder(results, record, config.fresh)
 
     return Run(config, group, results, group.shared(claim))
 
 
-def identity_inputs(results: Path, config: Config, data: Data, device: torch.device) -> dict[str, Any]:
-    """All that the numbers of a run depend on: settings, data, and the weights it takes from another run, if any."""
-    inputs = {
-        **config.experiment(), "amp": str(training_precision(config.amp, device)),
-        "data": data.pairs.fingerprint(),
-        "skipped": [entry.id for entry in data.skipped],  # they took part in the split, so they decide the numbers too
-    }
-    if config.weights_from is not None:
-        if Path(config.weights_from).resolve() == results.resolve():
-            raise UserError(f"--weights-from names {results}, where this run would write; give another --results folder")
-        inputs["weights"] = finished_weights(Path(config.weights_from), inputs)
+def claim_folder(results: Path, record: dict[str, Any], fresh: bool) -> str:
+    """Write ``config.json``; returns the identity in it.
+
+    Args:
+        results: the folder.
+        record: what ``config.json`` will hold; completed by the environments that earlier work in the folder came from.
+        fresh: whether to delete what another configuration left.
+
+    Raises:
+        UserError: the folder holds the work of another configuration or of other data.
+    """
+    path = results / "config.json"
+    if fresh:
+        clear_results(results)
+    if path.exists():
+        old = read_json(path)
+        _refuse_other_settings(results, old, record["decides"])
+        record["earlier"] = _earlier_environments(old, record)
+    else:  # what is there cannot be this run's
+        unfinish(results)
+    write_json(path, record)
+    return str(record["identity"])
+
+
+def identity_inputs(results: Path, config: Config, data: Data | None, device: torch.device) -> dict[str, Any]:
+    """All that the numbers of a run depend on: settings, data, and the weights it takes from another run, if any.
+
+    Args:
+        results: its folder.
+        config: of the run.
+        data: its images; None where the numbers are those of the run that the weights are taken from.
+        device: that trains.
+
+    Raises:
+        UserError: see :func:`finished_weights`; or the run would take its own weights.
+    """
+    source = None if config.weights_from is None else Path(config.weights_from)
+    if source is not None and source.resolve() == results.resolve():
+        raise UserError(f"--weights-from names {results}, where this run would write; give another --results folder")
+    taken: Mapping[str, Any] = {} if source is None else finished_record(source).get("decides", {})
+    if data is None:
+        inputs = dict(taken)
+    else:
+        inputs = {
+            **settings_inputs(config, device, taken), "data": data.pairs.fingerprint(),
+            "skipped": [entry.id for entry in data.skipped],  # they took part in the split, so they decide the numbers too
+            **_split_inputs(config, data, taken),
+        }
+    if source is not None:
+        inputs["weights"] = finished_weights(source, inputs)
     return inputs
 
 
-def _record(
-    config: Config, source: Source, data: Data, device: torch.device, inputs: Mapping[str, Any]
-) -> dict[str, Any]:
+def settings_inputs(config: Config, device: torch.device, taken: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What of :func:`identity_inputs` is known before any image is read.
+
+    Args:
+        config: of the run.
+        device: that trains.
+        taken: the inputs of the run whose weights are taken; its precision of training is over and done with.
+    """
+    amp = taken.get("amp") if taken and config.amp == "auto" else None
+    return {**config.experiment(), "amp": amp or str(training_precision(config.amp, device)), **network_inputs(config)}
+
+
+def _split_inputs(config: Config, data: Data, taken: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprints of the split and of the groups, where they do not follow from the settings."""
+    inputs = {}
+    if config.split is not None or data.groups is not None and config.weights_from is None or "split" in taken:
+        inputs["split"] = fingerprint(data.split._asdict())
+    if data.groups is not None:
+        inputs["groups"] = fingerprint(data.groups)
+    return inputs
+
+
+def _facts(source: Source, data: Data) -> dict[str, Any]:
+    """What ``config.json`` says of the images of a run."""
+    facts = {
+        "synthetic": source.synthetic,
+        "images": str(source.images.resolve()),
+        "masks": str(source.masks.resolve()),
+        "data_fingerprint": data.pairs.fingerprint(),
+        "split": data.split._asdict(),
+        "skipped": [entry._asdict() for entry in data.skipped],
+        # by these another test set is compared where the images themselves are gone
+        "fitted_on": [content_mark(data.pairs, id) for id in (*data.split.train, *data.split.validation)],
+    }
+    return facts if data.groups is None else {**facts, "groups": data.groups}
+
+
+def _facts_of_run(folder: Path) -> dict[str, Any]:
+    """The same of the images of another run, from its record."""
+    record = finished_record(folder)
+    names = ("synthetic", "images", "masks", "data_fingerprint", "split", "skipped", "fitted_on", "groups")
+    return {name: record[name] for name in names if name in record}
+
+
+def content_mark(pairs: DecodedPairs, id: str) -> str:
+    """The start of the checksum of an image file: enough to know the file again."""
+    return pairs.checksums[id][0][:16]
+
+
+def _record(config: Config, facts: Mapping[str, Any], device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What ``config.json`` holds."""
     return {
         "configuration": config.to_dict(),
         "identity": fingerprint(inputs),
         "decides": dict(inputs),
-        "synthetic": source.synthetic,
-        "images": str(source.images.resolve()),
-        "masks": str(source.masks.resolve()),
-        "data_fingerprint": data.pairs.fingerprint(),
-        **_environment(device),
+        **facts,
+        **environment(device),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "split": data.split._asdict(),
-        "skipped": [entry._asdict() for entry in data.skipped],
         "earlier": [],
     }
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The device and the versions of Python and of the packages that the numbers depend on."""
     packages = ("torch", "torchvision", "numpy", "pillow", "albumentations", "scikit-learn", "matplotlib")
     return {
@@ -161,7 +254,7 @@ def _refuse_other_settings(results: Path, old: Mapping[str, Any], inputs: Mappin
             f"{results / 'config.json'} does not say what the run in {results} was; give --fresh to delete it and start over"
         )
     changed = [
-        f"{key} was {before.get(key)!r} and is now {inputs.get(key)!r}"
+        f"{key} was {_shown(before.get(key))} and is now {_shown(inputs.get(key))}"
         for key in sorted({*before, *inputs}) if before.get(key) != inputs.get(key)
     ]
     if changed:
@@ -171,10 +264,16 @@ def _refuse_other_settings(results: Path, old: Mapping[str, Any], inputs: Mappin
         )
 
 
+def _shown(value: Any) -> str:
+    """A recorded input in a message; of a fingerprint its beginning."""
+    text = repr(value)
+    return f"{text[:9]}...'" if isinstance(value, str) and len(value) == 64 else text
+
+
 def unfinish(results: Path) -> None:
     """Delete the numbers of a finished run, because something they came from is about to be made again."""
-    for name in NUMBERS:
-        (results / name).unlink(missing_ok=True)
+    for path in (*(results / name for name in NUMBERS), *results.glob("per_image_*.csv")):
+        path.unlink(missing_ok=True)
 
 
 def clear_results(results: Path) -> None:
@@ -189,6 +288,18 @@ def clear_results(results: Path) -> None:
 # ---------------------------------------------------------------- weights of another run
 
 
+def check_weights_from(config: Config, device: torch.device) -> None:
+    """Refuse ``--weights-from`` before any image is decoded, as far as that can be known then.
+
+    Raises:
+        UserError: see :func:`finished_weights`.
+    """
+    source = Path(str(config.weights_from))
+    taken = finished_record(source).get("decides", {})
+    unknown = {key: value for key, value in taken.items() if key in ("data", "skipped", "split")}
+    finished_weights(source, {**settings_inputs(config, device, taken), **unknown})
+
+
 def finished_weights(source: Path, inputs: Mapping[str, Any]) -> str:
     """The fingerprint of the weights of a finished run that another run wants to take.
 
@@ -200,17 +311,15 @@ def finished_weights(source: Path, inputs: Mapping[str, Any]) -> str:
         UserError: there is no finished run, its weights are not those it was
             evaluated with, or it was trained in another way or on other data.
     """
-    if not (source / "metrics.json").is_file():
-        raise UserError(f"--weights-from {source} holds no finished run (no metrics.json); finish it, or name another folder")
-    metrics, record = read_sealed(source / "metrics.json"), read_json(source / "config.json")
+    record, metrics = finished_record(source), read_sealed(source / "metrics.json")
     best = source / "weights" / "best_model.pth"
     weights = state_fingerprint(load_checkpoint(best)["model"])
     if metrics.get("identity") != fingerprint([record.get("identity"), weights]):
         raise UserError(f"{best} does not hold the weights that {source / 'metrics.json'} is about; finish that run first")
     before = record.get("decides", {})
     changed = [
-        f"{key} is {before.get(key)!r} there and {inputs.get(key)!r} here"
-        for key in sorted({*before, *inputs} - {*AFTER_TRAINING, "weights"}) if before.get(key) != inputs.get(key)
+        f"{key} is {_shown(before.get(key))} there and {_shown(inputs.get(key))} here"
+        for key in sorted({*before, *inputs} - {*AFTER_TRAINING, "weights", "groups"}) if before.get(key) != inputs.get(key)
     ]
     if changed:
         raise UserError(f"{source} was trained otherwise: {'; '.join(changed)}; give the same, or leave --weights-from out")
@@ -231,11 +340,15 @@ def copy_weights(source: Path, results: Path) -> None:
 # ---------------------------------------------------------------- the counts
 
 
-def write_counts(run: Run, validation: Counters, test: Counters) -> None:
-    """Save ``calibration.npz``: the counts from which every number but those of ``--study`` follows."""
-    arrays = {
-        f"{part}/{name}": values
-        for part, counters in (("validation", validation), ("test", test)) for name, values in counters.to_arrays().items()
-    }
+def write_counts(run: Run, validation: Counters, test: Counters, targets: Mapping[str, Counters] | None = None) -> None:
+    """Save ``calibration.npz``: the counts from which every number but those of ``--study`` follows.
+
+    Args:
+        run: that the counts are of.
+        validation, test: of its splits.
+        targets: of other test sets, by name.
+    """
+    parts = {"validation": validation, "test": test, **{f"target:{name}": found for name, found in (targets or {}).items()}}
+    arrays = {f"{part}/{name}": values for part, found in parts.items() for name, values in found.to_arrays().items()}
     with atomic_write(run.results / "calibration.npz") as stream:
         np.savez_compressed(stream, identity=np.array(run.identity), **arrays)  # type: ignore[arg-type]

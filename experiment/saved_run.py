@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.config import IDENTITY_FIELDS, Config
+from runtime.config import IDENTITY_FIELDS, NETWORK_FIELDS, UNET_FIELDS, Config
 from runtime.errors import UserError
 from runtime.records import read_json, read_sealed
 
@@ -20,7 +20,7 @@ class SavedRun(NamedTuple):
         metrics: ``metrics.json``.
         record: ``config.json``.
         rows: ``per_image.csv``, one row per test image; numbers are floats, NaN where the cell is empty.
-        log: ``training_log.csv``, one row per epoch, likewise.
+        log: ``training_log.csv``, one row per epoch, likewise; none where nothing was trained.
     """
 
     folder: Path
@@ -75,7 +75,15 @@ def with_tables(folder: Path, metrics: Mapping[str, Any]) -> SavedRun:
         UserError: a file is missing or broken; the line names it.
     """
     record = read_record(folder)
-    return SavedRun(folder, metrics, record, read_table(folder / "per_image.csv"), read_table(folder / "training_log.csv"))
+    log = folder / "training_log.csv"
+    epochs = read_table(log) if trained(record) or log.is_file() else []
+    return SavedRun(folder, metrics, record, read_table(folder / "per_image.csv"), epochs)
+
+
+def trained(record: Mapping[str, Any]) -> bool:
+    """Whether a run, by its ``config.json``, trained a network itself, so that it has a training log."""
+    asked = record.get("configuration", {})
+    return "maps" not in record and asked.get("model_weights") is None and asked.get("weights_from") is None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -135,10 +143,14 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def settings(run: SavedRun | PooledRun) -> list[Setting]:
     """Every recorded setting that decides the numbers of a run, in the order of the configuration.
 
-    The number of synthetic images is left out: it says nothing about a run on other images.
+    The number of synthetic images is left out: it says nothing about a run on other images. So are the settings of the
+    network that the run did not use; where dropout was inserted into another one is added.
     """
     used = run.record.get("configuration", {})
-    return [
+    idle = UNET_FIELDS if used.get("model") else NETWORK_FIELDS
+    found = [
         Setting(name, used[name], getattr(Config, name)) for name in IDENTITY_FIELDS
-        if name in used and name != "synthetic_images"
+        if name in used and name != "synthetic_images" and name not in idle
     ]
+    sites = run.record.get("decides", {}).get("inserted_dropout")
+    return found + ([Setting("dropout_inserted_after", ", ".join(sites), None)] if sites else [])

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from evaluation.fusion import Fusion
-from evaluation.normalisation import Linear
-from model import UNet
-from runtime.checkpoints import load_model, weights_fingerprint
+from experiment.networks import Network, UserNetwork, architecture, load_network
+from experiment.saved_fusion import fusion_of
+from runtime.checkpoints import weights_fingerprint
 from runtime.config import IDENTITY_FIELDS, Config
 from runtime.errors import UserError
+from runtime.processes import ProcessGroup
 from runtime.records import fingerprint, read_json, read_sealed
 
 
@@ -22,13 +23,13 @@ class TrainedRun(NamedTuple):
 
     Attributes:
         config: as the run resolved it.
-        model: the U-Net of the best epoch, in evaluation mode on the device that was asked for.
+        model: the network of the best epoch, in evaluation mode on the device that was asked for.
         fusion: with the scales and the lambda that the run tuned.
         metrics: ``metrics.json``.
     """
 
     config: Config
-    model: UNet
+    model: Network
     fusion: Fusion
     metrics: Mapping[str, Any]
 
@@ -37,7 +38,8 @@ def load_trained_run(folder: Path, device: torch.device) -> TrainedRun:
     """Load a finished run, after checking that its files belong together.
 
     Raises:
-        UserError: a file is missing, damaged, or was changed after the run wrote it.
+        UserError: a file is missing, damaged, or was changed after the run wrote it; or the factory of ``--model``
+            is gone, or makes another network than it did.
     """
     record, metrics = read_json(folder / "config.json"), read_sealed(folder / "metrics.json")
     config = Config.from_dict(record.get("configuration"), folder / "config.json")
@@ -47,27 +49,9 @@ def load_trained_run(folder: Path, device: torch.device) -> TrainedRun:
     if not same or record.get("identity") != fingerprint(inputs):
         raise UserError(f"{folder / 'config.json'} was changed after the run wrote it; run main.py again")
     fusion = fusion_of(metrics, folder / "metrics.json")
-    model = load_model(folder / "weights" / "best_model.pth", UNet, device)
-    assert isinstance(model, UNet)
+    model = load_network(folder / "weights" / "best_model.pth", config, ProcessGroup(0, 1, device))
+    if isinstance(model, UserNetwork) and inputs.get("architecture") != architecture(model):
+        raise UserError(f"{config.model} makes another network now than when {folder} was made; undo that, or run main.py again")
     if metrics.get("identity") != fingerprint([record.get("identity"), weights_fingerprint(model)]):
         raise UserError(f"{folder / 'metrics.json'} was not made from the weights and config.json beside it; run main.py again")
     return TrainedRun(config, model, fusion, metrics)
-
-
-def fusion_of(metrics: Mapping[str, Any], source: Path) -> Fusion:
-    """The fusion that a run tuned.
-
-    Raises:
-        UserError: ``metrics`` does not describe one; the line names ``source``.
-    """
-    try:
-        scales = metrics["normalisation"]
-        predictive, saliency = (
-            Linear(float(low), float(high)) for low, high in (scales["pred_variance"], scales["saliency_variance"])
-        )
-        weight = float(metrics["lambda"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source} lacks a valid normalisation or lambda; delete it and run main.py again") from error
-    if not 0 <= weight <= 1:
-        raise UserError(f"{source}: lambda is {weight}, outside 0 to 1; delete it and run main.py again")
-    return Fusion(predictive, saliency, "convex", weight)

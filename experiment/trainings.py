@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
@@ -36,8 +36,17 @@ def kept_of_trainings(results: Path) -> str:
     return f"{len(names)} finished trainings" + (f" ({', '.join(names)})" if names else "")
 
 
-def is_finished(config: Config, folder: Path, data: Data, group: ProcessGroup) -> bool:
+def is_finished(
+    config: Config, folder: Path, data: Data | None, group: ProcessGroup, targets: Sequence[Mapping[str, Any]] = ()
+) -> bool:
     """Whether a folder holds a training as configured, finished, and with the numbers that the settings ask for.
+
+    Args:
+        config: of the training.
+        folder: its results folder.
+        data: its images; None where the numbers are those of the run that the weights are taken from.
+        group: of processes.
+        targets: the records of the other test sets of which it must hold the numbers.
 
     Raises:
         UserError: see :func:`experiment.results.identity_inputs`.
@@ -50,11 +59,14 @@ def is_finished(config: Config, folder: Path, data: Data, group: ProcessGroup) -
         return False  # damaged or of another version: the run finds out what of it can be used again
     said = training.record.get("configuration", {})
     inputs = identity_inputs(folder, config, data, group.device)
-    return training.record["decides"] == inputs and all(said.get(name) == getattr(config, name) for name in SAID)
+    if training.record["decides"] != inputs or any(said.get(name) != getattr(config, name) for name in SAID):
+        return False
+    return all(target in training.record.get("targets", ()) and target["name"] in training.targets for target in targets)
 
 
 def train_all(
-    config: Config, results: Path, data: Data, group: ProcessGroup, train: Callable[[Config, Path], Mapping[str, Any]]
+    config: Config, results: Path, data: Data | None, group: ProcessGroup, train: Callable[[Config, Path], Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Run each training in its own folder, but for those that are finished; returns the folders.
 
@@ -64,9 +76,10 @@ def train_all(
     Args:
         config: of the whole.
         results: the folder of the whole, which this process holds.
-        data: of all trainings.
+        data: of all trainings; None where their numbers are those of the trainings that the weights are taken from.
         group: of processes.
         train: runs one training and returns its metrics; the folder is held for it.
+        targets: the records of the other test sets.
 
     Raises:
         UserError: the folder holds a single run, or a training failed; names those that are finished.
@@ -78,7 +91,7 @@ def train_all(
         folder = Path(str(one.results))
         folders.append(folder)
         try:
-            if group.shared(lambda one=one, folder=folder: is_finished(one, folder, data, group)):  # type: ignore[misc]
+            if group.shared(lambda one=one, folder=folder: is_finished(one, folder, data, group, targets)):  # type: ignore[misc]
                 stage(folder.name, "finished before, used again")
                 continue
             stage(folder.name, f"training {len(folders)} of {config.trainings}")

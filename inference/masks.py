@@ -140,7 +140,19 @@ class MaskSource:
         self.image_id, self.passes, self.site = image_id, passes, 0
 
     def apply(self, module: _DropoutNd, x: Tensor) -> Tensor:
-        """What the module would return for x (K, ...), under the masks of the next site."""
+        """What the module would return for x (K, ...), under the masks of the next site.
+
+        The first axis may hold several rows per pass, as of the windows of an attention.
+
+        Raises:
+            ValueError: it holds no whole number of rows per pass.
+        """
+        if len(x) != len(self.passes):
+            if len(x) % len(self.passes):
+                raise ValueError(
+                    f"dropout on {tuple(x.shape)} in a batch of {len(self.passes)}: its first axis is not that of the images"
+                )
+            return self.apply(module, x.unflatten(0, (len(self.passes), -1))).flatten(0, 1)
         if isinstance(module, nn.Dropout):
             shape = x.shape[1:]
         else:  # the channel-wise ones drop whole feature maps

@@ -51,6 +51,24 @@ def isic_folders(root: Path) -> tuple[Path, Path]:
     return root / ISIC_IMAGES, root / ISIC_MASKS
 
 
+def folders_of_set(root: Path) -> tuple[Path, Path]:
+    """The image and the mask folder of a test set: ``images`` and ``masks`` under ``root``, or the official layout.
+
+    Raises:
+        UserError: ``root`` is not a folder, or holds neither.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--test-data {root} is no folder; give one that holds images/ and masks/, or the ISIC 2018 layout")
+    for images, masks in (("images", "masks"), (ISIC_IMAGES, ISIC_MASKS)):
+        if (root / images).is_dir() and (root / masks).is_dir():
+            return root / images, root / masks
+    raise UserError(
+        f"--test-data {root} holds neither images/ and masks/ nor {ISIC_IMAGES} and {ISIC_MASKS}; "
+        "for other names give --test-images DIR --test-masks DIR"
+    )
+
+
 def is_synthetic(root: Path) -> bool:
     """Whether the images below a folder were drawn by this program and not photographed."""
     return (Path(root) / SYNTHETIC_MARKER).is_file()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from isic.layout import is_synthetic, isic_folders
+from isic.layout import folders_of_set, is_synthetic, isic_folders
 from runtime.config import Config
+from runtime.errors import UserError
 from runtime.progress import progress_bar, say
 
 DATA = Path("data")
@@ -63,3 +66,57 @@ def find_source(config: Config) -> Source:
         return Source(images.resolve().name.lower(), images, masks, is_synthetic(images.resolve().parent))
     root = Path(config.data or DATA / "ISIC2018")
     return Source(root.resolve().name.lower(), *isic_folders(root), is_synthetic(root))
+
+
+# ---------------------------------------------------------------- other test sets
+
+
+class TargetFolders(NamedTuple):
+    """Another test set.
+
+    Attributes:
+        name: of its folder, made safe for file names; no two sets have the same.
+        images, masks: the two folders.
+    """
+
+    name: str
+    images: Path
+    masks: Path
+
+
+def find_targets(config: Config) -> list[TargetFolders]:
+    """The other test sets that are named, those of ``--test-data`` first.
+
+    Raises:
+        UserError: a folder is missing or holds no test set, or one set is named twice.
+    """
+    found = [(Path(root), *folders_of_set(Path(root))) for root in config.test_data or ()]
+    for images, masks in zip(map(Path, config.test_images or ()), map(Path, config.test_masks or ())):
+        for flag, folder in (("--test-images", images), ("--test-masks", masks)):
+            if not folder.is_dir():
+                raise UserError(f"{flag} {folder} is no folder; give the folder of a test set's {flag[7:]}")
+        root = images.resolve()
+        found.append((root.parent if root.name.lower() in ("images", "img", "imgs") else root, images, masks))
+    places = [(images.resolve(), masks.resolve()) for _, images, masks in found]
+    for place, folders in enumerate(places):
+        if folders in places[:place]:
+            raise UserError(f"the test set {found[place][1]} is named twice; name each once")
+    names = distinct_names(root.resolve().name for root, _, _ in found)
+    return [TargetFolders(name, images, masks) for name, (_, images, masks) in zip(names, found)]
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """The names in letters, digits, ``_`` and ``-`` alone, told apart by numbers even where case does not count.
+
+    Example:
+        >>> distinct_names(["HAM10000", "my set!", "ham10000", "..."])
+        ['HAM10000', 'my-set', 'ham10000-2', 'set']
+    """
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:60].strip("-") or "set"
+        taken, number, unique = {one.lower() for one in found}, 2, plain
+        while unique.lower() in taken:
+            unique, number = f"{plain}-{number}", number + 1
+        found.append(unique)
+    return found

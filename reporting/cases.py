@@ -104,7 +104,7 @@ def draw_outlines(ax: Axes, image: np.ndarray, prediction: np.ndarray, truth: np
     """The image (H, W, 3) with the outlines of the truth (solid) and the prediction (dashed), masks (H, W)."""
     ax.imshow(image)
     for mask, colour, style in ((truth, TRUTH, "solid"), (prediction, PREDICTION, "dashed")):
-        if mask is not None and mask.any() and not mask.all():
+        if mask is not None and mask.any() and not mask.all() and min(mask.shape) > 1:  # a line of pixels has no outline
             ax.contour(mask, levels=[0.5], colors="black", linewidths=2.2, linestyles=style, alpha=0.6)
             ax.contour(mask, levels=[0.5], colors=colour, linewidths=1.3, linestyles=style)
     return _bare(ax)
@@ -154,7 +154,7 @@ def case_title(case: Case) -> str:
     parts = [case.id]
     if case.dice is not None:
         parts += [f"Dice {number(case.dice)}", f"Jaccard {number(case.jaccard)}"]
-    parts.append(f"mean uncertainty {number(float(case.maps['fused_score'].mean(dtype=float)))}")
+    parts.append(f"mean fused score {number(float(case.maps['fused_score'].mean(dtype=float)))}")
     return "   ".join([*parts, *([case.detail] if case.detail else [])])
 
 
@@ -171,17 +171,17 @@ def case_figure(
     """One row per case: outlines, mean prediction, the two variances, fused score, error; colour bars below.
 
     Args:
-        cases: at least one; the maps of all have one shape.
+        cases: at least one; a row is as high as its own maps ask for.
         scales: the run's normalisation constants, which decide the colour scales (:func:`colour_scale`).
         threshold: predicted lesion where the mean prediction exceeds it.
         note: written below the figure (the seed, the rule that chose the cases).
         synthetic: stamps the figure as made from synthetic lesions.
         data_note: what else a reader has to know about the images.
     """
-    height, width = cases[0].maps["mean_prediction"].shape
-    tall = PANEL * min(height / width, 2.0)
+    shapes = [case.maps["mean_prediction"].shape for case in cases]
+    heights = [PANEL * min(height / width, 2.0) for height, width in shapes]
     full_width = 2 * MARGIN + 6 * PANEL + 5 * GAP
-    full_height = HEADING + len(cases) * (TITLE + tall) + FOOT + STRIP
+    full_height = HEADING + len(cases) * TITLE + sum(heights) + FOOT + STRIP
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(full_width, full_height))
 
@@ -191,8 +191,9 @@ def case_figure(
                 (left / full_width, bottom / full_height, (PANEL - 2 * inset) / full_width, high / full_height)
             )
 
-        for row, case in enumerate(cases):
-            bottom = full_height - HEADING - (row + 1) * (TITLE + tall)
+        bottom = full_height - HEADING
+        for case, tall in zip(cases, heights):
+            bottom -= TITLE + tall
             figure.text(
                 MARGIN / full_width, (bottom + tall + 0.07) / full_height, case_title(case), fontsize=9.5,
                 weight="bold", parse_math=False,

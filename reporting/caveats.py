@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Callable, NamedTuple
 
 from experiment.saved_run import PooledRun, SavedRun, settings
+from experiment.terms import judges_given_maps
 from reporting.document import Text
 from reporting.formats import count, is_number, spaced
 from reporting.quotes import Quotes
@@ -17,11 +18,7 @@ LOW_DICE = 0.7
 EXTREME = 2.0  # an image whose largest variance is this many times that of any other sets the scale alone
 
 PARTS = ("validation", "test")
-VARIANCES = {"pred_variance": "predictive", "saliency_variance": "saliency"}
-
-NOTHING = (
-    "Nothing stands out: no value was clipped, no heatmap was empty, every image has a lesion, and the settings are the defaults."
-)
+VARIANCES = {"pred_variance": "predictive variance", "saliency_variance": "saliency variance"}
 
 # Gives the words of a template once for each time that a caveat applies to a run.
 Occasions = Callable[[SavedRun], Iterable[Mapping[str, str]]]
@@ -127,7 +124,7 @@ CAVEATS = (
     ),
     Caveat(
         _scales_of_one_image,
-        "One validation image, {validation.range_set_by.$key.image:text}, sets the scale of the $name variance: its largest "
+        "One validation image, {validation.range_set_by.$key.image:text}, sets the scale of the $name: its largest "
         "value, {validation.range_set_by.$key.largest}, is far above that of any other, "
         "{validation.range_set_by.$key.largest_elsewhere}. The confidence of every pixel and the choice of λ rest on it.",
     ),
@@ -158,6 +155,12 @@ def caveats(run: SavedRun) -> list[Text]:
     """What limits the numbers of a run, one sentence each, in the order of :data:`CAVEATS`; empty where nothing does."""
     quote = Quotes(run.metrics)
     return [quote.fill(caveat.template, **words) for caveat in CAVEATS for words in caveat.occasions(run)]
+
+
+def nothing(run: SavedRun) -> str:
+    """What the report says of a run that nothing limits."""
+    heatmaps = "" if judges_given_maps(run.record) else "no heatmap was empty, "
+    return f"Nothing stands out: no value was clipped, {heatmaps}every image has a lesion, and the settings are the defaults."
 
 
 # ---------------------------------------------------------------- several trainings

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from evaluation.names import HEADLINE
 from experiment.saved_run import SavedRun
+from experiment.terms import terms_of
 from reporting.formats import MISSING, SCORE_NAMES, is_number, number, percent, signed, signed_span, spaced, span
 from reporting.style import STYLE, save_figure, stamped
 from runtime.errors import UserError
@@ -372,11 +373,17 @@ RUN_FIGURES = {
 def draw_run_figures(run: SavedRun) -> list[Path]:
     """Draw every figure of ``RUN_FIGURES`` into the run's ``figures`` folder; returns the files.
 
+    That of the training is left out where nothing was trained.
+
     Raises:
         UserError: the metrics lack something that belongs there (another version wrote them).
     """
-    paths = []
+    paths, terms = [], terms_of(run)
     for name, draw in RUN_FIGURES.items():
+        path = run.folder / "figures" / f"{name}.png"
+        if name == "training" and not run.log:
+            path.unlink(missing_ok=True)
+            continue
         try:
             with matplotlib.rc_context(STYLE):
                 figure = draw(run)
@@ -384,5 +391,5 @@ def draw_run_figures(run: SavedRun) -> list[Path]:
             raise UserError(
                 f"{run.folder / 'metrics.json'} does not hold what figure {name} shows ({error}); run main.py again"
             ) from error
-        paths.append(save_figure(figure, run.folder / "figures" / f"{name}.png"))
+        paths.append(save_figure(figure, path, terms))
     return paths

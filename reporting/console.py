@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from evaluation.names import HEADLINE
+from experiment.terms import STANDARD, Terms, terms_of_metrics
 from reporting.endpoints import EXPLORATORY
 from reporting.formats import MISSING, SYNTHETIC_NOTE, general, number, signed, signed_span, span
+from reporting.targets import TARGET_HEADER, target_rows
 from runtime.progress import complain, current_console, duration
 
 BOLD, ALARM, PLAIN = "\033[1m", "\033[1;31m", "\033[0m"
@@ -44,7 +46,7 @@ def result_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
         metrics: as in ``metrics.json``.
         colour: adds the control codes of a terminal: a bold header.
     """
-    return _aligned([HEADER, *(_row(metrics, score) for score in HEADLINE)], words=(0, 5), colour=colour)
+    return _aligned([HEADER, *(_row(metrics, score) for score in HEADLINE)], (0, 5), colour, terms_of_metrics(metrics))
 
 
 def endpoint_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
@@ -54,11 +56,12 @@ def endpoint_table(metrics: Mapping[str, Any], colour: bool = False) -> str:
          entry["outcome"])
         for entry in metrics["conclusion"]["endpoints"]
     ]
-    return _aligned([ENDPOINT_HEADER, *rows], words=(0, 1, 5), colour=colour)
+    return _aligned([ENDPOINT_HEADER, *rows], (0, 1, 5), colour, terms_of_metrics(metrics))
 
 
-def _aligned(rows: Sequence[Sequence[str]], words: Sequence[int], colour: bool) -> str:
+def _aligned(rows: Sequence[Sequence[str]], words: Sequence[int], colour: bool, terms: Terms = STANDARD) -> str:
     """Rows as lines, the columns of words flush left and all others flush right; a bold first line, if in colour."""
+    rows = [[terms(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(
@@ -146,6 +149,9 @@ def _conclude(metrics: Mapping[str, Any], last: Mapping[str, str], seconds: floa
     print(f"{BOLD}{metrics['verdict']}{PLAIN}" if colour else metrics["verdict"])
     for note in metrics["conclusion"]["notes"]:
         print(note)
+    if metrics.get("targets"):
+        rows = [TARGET_HEADER, *target_rows(metrics)]
+        print(f"\n{_aligned(rows, (0, len(TARGET_HEADER) - 1), colour, terms_of_metrics(metrics))}")
     if metrics["synthetic"]:
         print(f"{SYNTHETIC_NOTE}. The verdict describes made-up images.")
     if metrics.get("data_note"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple, Union
@@ -130,6 +130,31 @@ def parts(text: Text) -> list[Piece]:
 def plain(text: Text) -> str:
     """A text as one string, numbers as they are shown."""
     return "".join(piece if isinstance(piece, str) else piece.text for piece in parts(text))
+
+
+def worded(blocks: Sequence[Block], word: Callable[[str], str]) -> list[Block]:
+    """The blocks with every text as ``word`` puts it; quotes of the metrics, links and commands stay as they are."""
+
+    def text(content: Text) -> Text:
+        if isinstance(content, str):
+            return word(content)
+        return content if isinstance(content, (Quoted, Link)) else [word(p) if isinstance(p, str) else p for p in content]
+
+    def block(one: Block) -> Block:
+        if isinstance(one, Heading):
+            return one._replace(text=word(one.text))
+        if isinstance(one, Paragraph):
+            return one._replace(text=text(one.text))
+        if isinstance(one, Bullets):
+            return one._replace(items=[text(item) for item in one.items])
+        if isinstance(one, Table):
+            rows = [[text(cell) for cell in row] for row in one.rows]
+            return one._replace(caption=word(one.caption), header=[word(cell) for cell in one.header], rows=rows)
+        if isinstance(one, Picture):
+            return one._replace(alt=word(one.alt), caption=text(one.caption))
+        return one
+
+    return [block(one) for one in blocks]
 
 
 # ---------------------------------------------------------------- HTML

@@ -28,6 +28,7 @@ REGION_NAMES = {
     "predicted_background": "outside the predicted lesions",
     "boundary_band": "along the predicted boundaries",
 }
+METHOD_NAMES = {"isotonic": "isotonic", "platt": "Platt"}
 AGGREGATE_NAMES = {
     "whole_image": "mean of the image",
     "predicted_foreground": "mean of the predicted lesion",

@@ -133,7 +133,7 @@ RULES = {
     "random": Rule("random", by_chance),
     "best": Rule("highest Dice", dice),
     "worst": Rule("lowest Dice", dice, largest=False),
-    "uncertain": Rule("highest mean uncertainty", mean_uncertainty),
+    "uncertain": Rule("highest mean fused score", mean_uncertainty),
     "complex": Rule("most complex boundary of the truth", complexity, shown="boundary complexity"),
     "disagreement": Rule("largest disagreement of the two variances", disagreement, shown="disagreement"),
 }
@@ -163,7 +163,7 @@ def choose(name: str, images: Candidates, n: int) -> list[Choice]:
 
 def gallery_figure(
     name: str, images: Candidates, n: int, read: ImageReader, *,
-    threshold: float = 0.5, note: str = "", synthetic: bool = False, data_note: str | None = None,
+    threshold: float = 0.5, note: str = "", synthetic: bool = False, data_note: str | None = None, of: str = "test images",
 ) -> Figure | None:
     """The figure of the images that a rule chooses; None where it can choose none (no image with a lesion, for example).
 
@@ -173,6 +173,7 @@ def gallery_figure(
         n: most images.
         read: gives the image of an id at the resolution of its maps.
         threshold, note, synthetic, data_note: as in :func:`reporting.cases.case_figure`.
+        of: what the images are, for the note.
 
     Raises:
         UserError: an unknown rule, or a map file is missing or broken.
@@ -186,7 +187,7 @@ def gallery_figure(
         maps = images.maps(id, (*COLUMNS, "true_mask"))
         detail = f"{rule.shown} {number(value)}" if rule.shown else ""
         cases.append(Case(id, read(id), maps, maps["true_mask"], rows[id]["dice"], rows[id]["jaccard"], detail))
-    title = f"test images, {rule.title}" + (f", seed {images.seed}" if name == "random" else "")
+    title = f"{of}, {rule.title}" + (f", seed {images.seed}" if name == "random" else "")
     return case_figure(
         cases, images.scales, threshold=threshold, note=f"{title}; {note}" if note else title,
         synthetic=synthetic, data_note=data_note,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiment.saved_run import PooledRun, settings
+from experiment.terms import terms_of
+from reporting import exploratory
 from reporting.caveats import pooled_caveats
 from reporting.document import Block, Bullets, Code, Contents, Heading, Link, Paragraph, Picture, Table, Text, plain
 from reporting.endpoints import MEASURE_NAMES, PROCEDURE_NAMES, conclusion_blocks, endpoint_name, measure_name, short_name
@@ -16,7 +19,9 @@ from reporting.formats import SYNTHETIC_NOTE, count, general, sentence_case, sig
 from reporting.pooled_charts import ENDPOINTS_FIGURE, draw_pooled_figures
 from reporting.quotes import Quotes
 from reporting.report import write_documents
-from reporting.sections import opening
+from reporting.sections import data_of, opening
+from reporting.target_charts import draw_targets
+from reporting.targets import target_blocks
 
 
 def draw_pooled(run: PooledRun) -> list[Path]:
@@ -28,11 +33,11 @@ def draw_pooled(run: PooledRun) -> list[Path]:
     title = f"Calibration report: {run.folder.resolve().name}, {len(run.metrics.get('pooled', ()))} trainings"
 
     def blocks() -> list[Block]:
-        paths.extend(draw_pooled_figures(run))
+        paths.extend(draw_pooled_figures(run) + draw_targets(run))
         return pooled_blocks(run)
 
     paths: list[Path] = []
-    paths += write_documents(run.folder, title, blocks)
+    paths += write_documents(run.folder, title, blocks, terms_of(run))
     return paths
 
 
@@ -46,9 +51,12 @@ def pooled_blocks(run: PooledRun) -> list[Block]:
     return [
         *_answer(run, quote),
         Heading(2, "Before you quote a number", "warnings"), Bullets(pooled_caveats(run), "warnings"),
+        *exploratory.beside_the_endpoints(quote),
+        *target_blocks(quote, run.folder),
         *_figure(run, quote),
         *_trainings(run, quote),
         *_procedures(quote),
+        *exploratory.ensemble(quote),
         *_setup(run),
     ]
 
@@ -116,7 +124,12 @@ def _report_of(run: PooledRun, index: int, folder: Path) -> Text:
     entry = run.record["pooled"][index]
     if not (folder / "report.html").is_file():
         return str(entry["name"])
-    return Link(Path(entry["folder"]) / "report.html", str(entry["name"]))
+    target = folder / "report.html"
+    try:
+        target = Path(os.path.relpath(target.resolve(), run.folder.resolve()))
+    except ValueError:  # on another drive
+        target = target.resolve()
+    return Link(target, str(entry["name"]))
 
 
 def _procedures(quote: Quotes) -> list[Block]:
@@ -159,8 +172,7 @@ def _setup(run: PooledRun) -> list[Block]:
         Heading(2, "How it was made", "setup"),
         Heading(3, "Data and split"),
         Table("Images in each part", ("part", "images"), [[part, count(len(ids))] for part, ids in split.items()]),
-        Paragraph(f"Images: {record.get('images')}. Masks: {record.get('masks')}. "
-                  f"Fingerprint of the data: {str(record.get('data_fingerprint'))[:16]}.", "note"),
+        Paragraph(data_of(record, Quotes(run.metrics)), "note"),
         Heading(3, "Settings"),
         Table("What all trainings share; the seed alone differs", ("setting", "these trainings", "default"),
               [[spaced(name), str(value), "same" if value == default else str(default)]

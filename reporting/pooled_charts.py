@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from experiment.saved_run import PooledRun
+from experiment.terms import terms_of
 from reporting.formats import MISSING, is_number, signed, signed_span
 from reporting.style import STYLE, save_figure, stamped
 
@@ -93,4 +94,4 @@ def draw_pooled_figures(run: PooledRun) -> list[Path]:
     """Draw the figure of the endpoints into the ``figures`` folder; returns the files."""
     with matplotlib.rc_context(STYLE):
         figure = endpoints_figure(run)
-    return [save_figure(figure, run.folder / "figures" / f"{ENDPOINTS_FIGURE}.png")]
+    return [save_figure(figure, run.folder / "figures" / f"{ENDPOINTS_FIGURE}.png", terms_of(run))]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Callable
 
 from experiment.saved_run import SavedRun
-from reporting import sections
-from reporting.document import Block, to_html, to_markdown
+from experiment.terms import STANDARD, Terms, terms_of
+from reporting import exploratory, sections
+from reporting.document import Block, to_html, to_markdown, worded
 from reporting.quotes import Quotes
+from reporting.targets import target_blocks
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -27,22 +29,26 @@ def write_report(run: SavedRun) -> list[Path]:
     Raises:
         UserError: the metrics lack something that belongs there (another version wrote them).
     """
-    return write_documents(run.folder, f"Calibration report: {run.folder.resolve().name}", lambda: report_blocks(run))
+    title = f"Calibration report: {run.folder.resolve().name}"
+    return write_documents(run.folder, title, lambda: report_blocks(run), terms_of(run))
 
 
-def write_documents(folder: Path, title: str, content: Callable[[], Sequence[Block]]) -> list[Path]:
+def write_documents(
+    folder: Path, title: str, content: Callable[[], Sequence[Block]], terms: Terms = STANDARD
+) -> list[Path]:
     """Write ``report.html`` and ``report.md`` into a folder; returns both paths.
 
     Args:
         folder: of a run, or of several pooled trainings.
         title: of the window.
         content: makes the blocks from the metrics that lie in the folder.
+        terms: of the run; every text but what is quoted from the metrics is put into them.
 
     Raises:
         UserError: the metrics lack something that belongs there (another version wrote them).
     """
     try:
-        blocks = content()
+        blocks = worded(content(), terms)
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder / 'metrics.json'} lacks what the report quotes ({error}); run main.py again") from error
     texts = {"report.html": to_html(title, blocks), "report.md": to_markdown(blocks, folder)}
@@ -62,9 +68,12 @@ def report_blocks(run: SavedRun) -> list[Block]:
     return [
         *sections.answer(run, quote),
         *sections.before_you_quote(run),
+        *exploratory.beside_the_endpoints(quote),
+        *target_blocks(quote, run.folder),
         *sections.figures(run, quote),
         *sections.cases(run, quote),
         *sections.all_measures(quote),
+        *exploratory.detectors(quote),
         *sections.study(quote),
         *sections.setup(run, quote),
     ]

@@ -8,11 +8,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiment.case_images import ImageSet
 from experiment.saved_run import SavedRun
+from experiment.terms import terms_of
 from reporting.charts import draw_run_figures
 from reporting.galleries import RULES, Candidates, ImageReader, gallery_figure
 from reporting.report import write_report
 from reporting.style import save_figure
+from reporting.target_charts import draw_targets
 
 ROWS = 3  # of the galleries that every run draws
 
@@ -28,7 +31,7 @@ def draw_run(run: SavedRun, read: ImageReader | None = None) -> list[Path]:
     Raises:
         UserError: the metrics lack something that belongs there, or a map file is missing or broken.
     """
-    paths = draw_run_figures(run) + ([] if read is None else draw_galleries(run, read))
+    paths = draw_run_figures(run) + draw_targets(run) + ([] if read is None else draw_galleries(run, read))
     return [*paths, *write_report(run)]
 
 
@@ -50,11 +53,13 @@ def draw_galleries(run: SavedRun, read: ImageReader, names: Sequence[str] = tupl
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            paths.append(save_figure(figure, path))
+            paths.append(save_figure(figure, path, terms_of(run)))
     return paths
 
 
-def draw_gallery(run: SavedRun, name: str, n: int, seed: int, read: ImageReader) -> Figure | None:
+def draw_gallery(
+    run: SavedRun, name: str, n: int, seed: int, read: ImageReader, images: ImageSet | None = None
+) -> Figure | None:
     """The gallery of one rule, or None where the rule can choose no image.
 
     Args:
@@ -63,14 +68,18 @@ def draw_gallery(run: SavedRun, name: str, n: int, seed: int, read: ImageReader)
         n: most images.
         seed: of the random rule.
         read: gives the image of an id at map resolution.
+        images: another test set, whose rows then are those of ``run``.
     """
-    threshold = float(run.record["configuration"]["threshold"])
-    return gallery_figure(name, candidates_of(run, seed), n, read, threshold=threshold, **labels(run))
+    options = {**labels(run), "threshold": float(run.record["configuration"]["threshold"])}
+    if images is not None and images.name:  # what is known of the run's own images says nothing of these
+        options.update(synthetic=False, data_note=None, of=f"images of {images.name}")
+    return gallery_figure(name, candidates_of(run, seed, images), n, read, **options)
 
 
-def candidates_of(run: SavedRun, seed: int) -> Candidates:
-    """The saved test images of a run, as the rules of the galleries look at them."""
-    return Candidates(run.rows, run.folder / "uncertainty_maps" / "test", run.metrics["normalisation"], seed)
+def candidates_of(run: SavedRun, seed: int, images: ImageSet | None = None) -> Candidates:
+    """The saved test images of a run, or those of another test set, as the rules of the galleries look at them."""
+    maps = run.folder / "uncertainty_maps" / "test" if images is None else images.maps
+    return Candidates(run.rows, maps, run.metrics["normalisation"], seed)
 
 
 def run_seed(run: SavedRun) -> int:
@@ -83,11 +92,14 @@ def labels(run: SavedRun, how: str = "") -> dict[str, Any]:
 
     Args:
         run: its saved numbers.
-        how: what else the note says, before the number of passes and λ.
+        how: what else the note says, before the number of passes (where the run made any) and λ.
     """
-    made = f"T = {run.record['configuration']['passes']}, λ = {run.metrics['lambda']:g}"
+    passes = run.record["configuration"].get("passes")
+    made = [f"T = {passes}"] if passes is not None else []
+    without = run.record.get("maps", {}).get("without_image")
+    stand_ins = [f"{without} maps came without an image: in its place, the mean prediction in grey"] if without else []
     return {
-        "note": f"{how}, {made}" if how else made,
+        "note": ", ".join([*([how] if how else []), *stand_ins, *made, f"λ = {run.metrics['lambda']:g}"]),
         "synthetic": bool(run.metrics["synthetic"]),
         "data_note": run.metrics.get("data_note"),
     }

@@ -8,15 +8,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluation.names import CONDITIONS_ON_TRUTH, HEADLINE, REFERENCE
 from experiment.saved_run import SavedRun, settings
-from reporting.caveats import NOTHING, caveats
-from reporting.document import Block, Bullets, Code, Contents, Heading, Paragraph, Picture, Table, Text, plain
+from experiment.terms import judges_given_maps
+from reporting.caveats import caveats, nothing
+from reporting.document import Block, Bullets, Code, Contents, Heading, Paragraph, Picture, Piece, Table, Text, plain
 from reporting.endpoints import EXPLORATORY, conclusion_blocks
 from reporting.figure_texts import FIGURE_TEXTS, GALLERY_ALT, GALLERY_CAPTIONS, GALLERY_LEGEND
 from reporting.formats import (
     AGGREGATE_NAMES,
+    METHOD_NAMES,
     MISSING,
     REGION_NAMES,
     SCORE_NAMES,
@@ -80,6 +83,7 @@ def opening(folder: Path, quote: Quotes) -> list[Block]:
 
 def answer(run: SavedRun, quote: Quotes) -> list[Block]:
     """The verdict, the tables it rests on, and the table of contents."""
+    units = "groups of test images" if quote.get("bootstrap.unit") == "group" else "test images"
     return [
         *opening(run.folder, quote),
         *conclusion_blocks(quote),
@@ -91,8 +95,8 @@ def answer(run: SavedRun, quote: Quotes) -> list[Block]:
               [_row_of_recalibration(quote, method) for method in run.metrics["verdict_recalibrated"]], words=(0, 4)),
         Paragraph(quote.fill(
             "Pixels inside the true lesions of {test.images:count} test images. Intervals are percentiles of "
-            "{bootstrap.resamples:count} bootstrap resamples of whole test images, paired for differences. They hold the "
-            "training, the scales and λ fixed; those of the endpoints above do not."), "note"),
+            "{bootstrap.resamples:count} bootstrap resamples of whole $units, paired for differences. They hold the "
+            "training, the scales and λ fixed; those of the endpoints above do not.", units=units), "note"),
         Table("Segmentation: mean over images, with 95 % interval", ("measure", "validation", "test"),
               [_row_of_overlap(quote, key) for key in OVERLAPS]),
         Contents(),
@@ -118,7 +122,7 @@ def _row_of_recalibration(quote: Quotes, method: str) -> list[Text]:
     """Foreground ECE of predictive variance and of the fused score after a recalibration, and their difference."""
     paths = [f"test.regions.foreground.scores.{score}.recalibrated.{method}" for score in (REFERENCE, "fused")]
     difference = quote.estimate(f"{paths[1]}.minus_{REFERENCE}.ece", True)
-    return [method, *(quote(f"{path}.ece.value") for path in paths), difference, EXPLORATORY]
+    return [METHOD_NAMES.get(method, method), *(quote(f"{path}.ece.value") for path in paths), difference, EXPLORATORY]
 
 
 def _row_of_overlap(quote: Quotes, key: str) -> list[Text]:
@@ -131,7 +135,7 @@ def _row_of_overlap(quote: Quotes, key: str) -> list[Text]:
 
 def before_you_quote(run: SavedRun) -> list[Block]:
     """What limits the numbers."""
-    return [Heading(2, "Before you quote a number", "warnings"), Bullets(caveats(run) or [NOTHING], "warnings")]
+    return [Heading(2, "Before you quote a number", "warnings"), Bullets(caveats(run) or [nothing(run)], "warnings")]
 
 
 # ---------------------------------------------------------------- pictures
@@ -203,8 +207,10 @@ def _rankings_of_images(quote: Quotes) -> list[Block]:
         (AGGREGATE_NAMES[aggregate], SCORE_NAMES[score], f"{base}.aggregates.{aggregate}.{score}")
         for aggregate in ranking.get("aggregates", ()) for score in HEADLINE
     ]
+    compared = "the difference is from predictive variance under the same aggregate"
     if "baselines" in ranking:
         paths.append(("disagreement of the passes", "1 - mean pairwise Dice", f"{base}.baselines.pass_dice"))
+        compared += " (for the passes: its mean over the image)"
     if not paths:
         return []
     rows: list[Sequence[Text]] = []
@@ -221,8 +227,7 @@ def _rankings_of_images(quote: Quotes) -> list[Block]:
             "{$base.bad_images:count} of {test.images:count}). AURC and AUGRC are areas under risk and coverage of images, the "
             "risk being 1 - Dice: of the mean risk of the images kept, and of the sum of their risks as a share of all images. A "
             "useful number has a negative correlation, a high AUROC and small areas.", base=base)),
-        Table("Test set, ranking of whole images, with 95 % intervals; the difference is from predictive variance under the "
-              "same aggregate (for the passes: its mean over the image)",
+        Table(f"Test set, ranking of whole images, with 95 % intervals; {compared}",
               ("one number for an image", "score", *RANKING_MEASURES.values(), "AURC minus predictive variance"),
               rows, words=(0, 1)),
     ]
@@ -305,9 +310,7 @@ def setup(run: SavedRun, quote: Quotes) -> list[Block]:
         Heading(2, "How it was made", "setup"),
         Heading(3, "Data and split"),
         Table("Images in each part", ("part", "images", "share"), _split(record.get("split", {}))),
-        Paragraph(f"Sorted ids, split with seed {record.get('configuration', {}).get('split_seed')}; all ids are in config.json. "
-                  f"Images: {record.get('images')}. Masks: {record.get('masks')}. "
-                  f"Fingerprint of the data: {str(record.get('data_fingerprint'))[:16]}.", "note"),
+        Paragraph([f"{how_split(record)} ", *data_of(record, quote)], "note"),
         Paragraph(quote.fill(
             "Normalisation constants from validation: predictive variance {normalisation.pred_variance:bounds}, "
             "saliency variance {normalisation.saliency_variance:bounds}."), "note"),
@@ -319,9 +322,43 @@ def setup(run: SavedRun, quote: Quotes) -> list[Block]:
         Table("Device and versions", ("what", "value"), _environment(run), words=(0, 1)),
         Heading(3, "Make it again"),
         Paragraph("The same command in an empty results folder makes the same numbers on the same device and versions; in this "
-                  "folder it reuses weights and maps. The second redraws all figures and this report from the saved numbers."),
+                  "folder it reuses what is finished. The second redraws all figures and this report from the saved numbers."),
         Code(f"{command}\n{redraw}"),
     ]
+
+
+def how_split(record: Mapping[str, Any]) -> str:
+    """How the images of a run came into their parts, in a sentence."""
+    if judges_given_maps(record):
+        return "The parts are the two folders of maps; all ids are in config.json."
+    used, groups = record.get("configuration", {}), record.get("groups")
+    if used.get("split"):
+        how = f"The parts are those of {folder_name(used['split'])}"
+    else:
+        how = f"Sorted {'groups of images' if groups else 'ids'}, split with seed {used.get('split_seed')}"
+    number = f" {count(len(groups))} images are in {count(len(set(groups.values())))} groups." if groups else ""
+    return f"{how}; all ids are in config.json.{number}"
+
+
+def data_of(record: Mapping[str, Any], quote: Quotes) -> list[Piece]:
+    """What a run, or several trainings, looked at: names of folders, and the fingerprint of the data."""
+    known = f" Fingerprint of the data: {str(record.get('data_fingerprint'))[:16]}."
+    if not judges_given_maps(record):
+        return [f"Images: {folder_name(record.get('images'))}. Masks: {folder_name(record.get('masks'))}.", known]
+    given = record["maps"]
+    folders = "Maps that were given, for each training its own." if "validation" not in given else (
+        f"Maps of the validation images: {folder_name(given['validation'])}; of the test images: "
+        f"{folder_name(given['test'])}."
+    )
+    return [
+        f"{folders} The score that is judged is ", quote("score_names.first", str), ", the one that may add to it ",
+        quote("score_names.second", str), ". What made them is unknown to this report.", known,
+    ]
+
+
+def folder_name(path: object) -> str:
+    """The name of a folder without its place on this machine."""
+    return Path(str(path)).name or str(path)
 
 
 def _split(split: Mapping[str, Sequence[str]]) -> list[list[Text]]:
@@ -333,11 +370,13 @@ def _split(split: Mapping[str, Sequence[str]]) -> list[list[Text]]:
 def _environment(run: SavedRun) -> list[list[Text]]:
     """What a run was made with: device, precision, versions, time."""
     record = run.record
+    precision = record.get("decides", {}).get("amp")
     rows: list[list[Text]] = [
         ["device", f"{record.get('device', '')} ({record.get('device_name', '')})"],
-        ["precision of training", str(record.get("decides", {}).get("amp", "")).replace("torch.", "")],
         *([name, version] for name, version in record.get("versions", {}).items()),
     ]
+    if precision:
+        rows.insert(1, ["precision of training", str(precision).replace("torch.", "")])
     if "minutes" in run.metrics:
         rows.append(["time until the figures", duration(60 * run.metrics["minutes"])])
     return rows

@@ -8,7 +8,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from experiment.terms import STANDARD, Terms
 from reporting.formats import SYNTHETIC_NOTE
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -62,12 +64,13 @@ def stamped(figure: Figure, metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path, terms: Terms = STANDARD) -> Path:
     """Save a figure whole or not at all; text stays text. Returns the path.
 
     Args:
-        figure: the picture.
+        figure: the picture; its texts change to those of the terms.
         path: where to; the suffix decides the format (png, jpg, pdf, svg), none means PNG.
+        terms: of the run.
 
     Raises:
         UserError: an unknown suffix or an unwritable folder.
@@ -76,6 +79,20 @@ def save_figure(figure: Figure, path: Path) -> Path:
     kind = path.suffix.lower().lstrip(".") or "png"
     if kind not in FORMATS:
         raise UserError(f"cannot draw a picture of type .{kind}; use .png, .jpg, .pdf or .svg")
+    if terms is not STANDARD:
+        _word(figure, terms)
     with matplotlib.rc_context(STYLE), atomic_write(path) as stream:
         figure.savefig(stream, format=kind, dpi=DPI, **SAVE_OPTIONS.get(kind, {}))
     return path
+
+
+def _word(figure: Figure, terms: Terms) -> None:
+    """Put every text of a figure into the terms of its run."""
+    for text in figure.findobj(Text):
+        if isinstance(text, Text):
+            text.set_text(terms(text.get_text()))
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            labels = [label.get_text() for label in axis.get_ticklabels()]
+            if (worded := [terms(label) for label in labels]) != labels:  # an axis writes its labels anew when it is drawn
+                axis.set_ticks(axis.get_ticklocs(), labels=worded)

@@ -7,15 +7,18 @@ import io
 import struct
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import atomic_write
 from runtime.records import check_stored
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -88,8 +91,8 @@ def load_checkpoint(path: Path, sealed: bool = False) -> dict[str, Any]:
     return content
 
 
-def load_model(path: Path, build: Callable[..., nn.Module], device: torch.device) -> nn.Module:
-    """Rebuild the network that a checkpoint describes, in evaluation mode.
+def load_model(path: Path, build: Callable[..., N], device: torch.device) -> N:
+    """Read a checkpoint and rebuild the network that it describes, in evaluation mode.
 
     Args:
         path: the checkpoint.
@@ -97,22 +100,68 @@ def load_model(path: Path, build: Callable[..., nn.Module], device: torch.device
         device: where the network goes.
 
     Raises:
-        UserError: see :func:`load_checkpoint`, or the weights do not fit the options.
+        UserError: see :func:`load_checkpoint` and :func:`rebuilt`.
     """
-    content = load_checkpoint(path)
+    return rebuilt(load_checkpoint(path), path, build, device)
+
+
+def rebuilt(content: Mapping[str, Any], path: Path, build: Callable[..., N], device: torch.device) -> N:
+    """The network that a checkpoint describes, in evaluation mode; see :func:`load_model`.
+
+    Args:
+        content: of the checkpoint.
+        path: of the checkpoint, for the error's line.
+        build, device: as for :func:`load_model`.
+
+    Raises:
+        UserError: the weights do not fit the options, or are not finite.
+    """
+    options, state = content["options"], content["model"]
     try:
-        with torch.device("meta"):  # shapes alone: options that claim a huge model must not allocate it
-            expected = build(**content["options"]).state_dict()
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in content["model"].items()}
-        if found != {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}:
-            raise ValueError("other names, shapes or types")
-        model = build(**content["options"])
-        model.load_state_dict(content["model"])
+        # shapes alone: options that claim a huge model must not allocate it; where there are none, nothing is claimed
+        with torch.device("meta") if options else nullcontext():
+            model = build(**options)
+        wrong = misfit(state, model.state_dict(), types=True)
+        if wrong is not None:
+            raise ValueError(wrong)
+        model = build(**options) if options else model
+        model.load_state_dict(state)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the model it describes; delete it and run again") from error
-    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-        raise UserError(f"{path} holds weights that are NaN or infinite; delete it and run again")
+        raise UserError(f"{path} does not fit the model it describes ({one_line(error)}); delete it and run again") from error
+    broken = not_finite(model.state_dict())
+    if broken is not None:
+        raise UserError(f"{path} holds weights that are NaN or infinite, in {broken}; delete it and run again")
     return model.to(device).eval()
+
+
+def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], types: bool = False) -> str | None:
+    """The first way in which a state dictionary is not that of a network; None where it fits.
+
+    Args:
+        found: the state dictionary.
+        expected: that of the network.
+        types: whether the types must be the same as well.
+
+    Example:
+        >>> misfit({"weight": torch.ones(2)}, {"weight": torch.ones(2), "bias": torch.ones(1)})
+        'bias is missing'
+    """
+    for name in expected:
+        if name not in found:
+            return f"{name} is missing"
+    for name, tensor in found.items():
+        if name not in expected:
+            return f"{name} is unexpected"
+        if tensor.shape != expected[name].shape:
+            return f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        if types and tensor.dtype != expected[name].dtype:
+            return f"{name} is {tensor.dtype} instead of {expected[name].dtype}"
+    return None
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity; None where all are finite."""
+    return next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -125,5 +174,5 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -145,13 +145,15 @@ class Config:
         if self.download and (self.images is not None or self.data is not None):
             raise UserError("--download fetches into data/ISIC2018; leave --data, --images and --masks out")
         if self.model is None:
-            needless = [_flag_name(name) for name in ("output", "insert_dropout", "model_weights") if getattr(self, name) is not None]
+            needless = [_flag_name(name) for name in NETWORK_FIELDS if getattr(self, name) is not None]
             if needless:
                 raise UserError(f"{needless[0]} is about a network of your own: name it with --model package:function")
             if self.target_layer not in UNET_LAYERS:
                 raise UserError(f"--target-layer must be one of {', '.join(UNET_LAYERS)} for the U-Net, not {self.target_layer!r}")
         if self.model_weights is not None and self.weights_from is not None:
             raise UserError("give --model-weights or --weights-from, not both")
+        if self.model_weights is not None and self.trainings > 1:
+            raise UserError("--model-weights trains nothing; leave --trainings out, and --pool runs of other weights and seeds")
         if len(self.test_images or ()) != len(self.test_masks or ()):
             raise UserError("--test-images and --test-masks go together: give as many of one as of the other")
         if self.scores is not None and self.maps is None:
@@ -201,6 +203,8 @@ MAPS_FLAGS = (
     "maps", "scores", "groups", "data_note", "threshold", "bins", "lambda_steps", "resamples", "study", "margin", "results",
     "seed", "fresh", "quiet", "json", "device",
 )
+#: The fields about the U-Net of this program, and those about a network of the user's.
+UNET_FIELDS, NETWORK_FIELDS = ("width", "dropout", "upsampling"), ("model", "output", "insert_dropout", "model_weights")
 #: The fields that decide the numbers.
 IDENTITY_FIELDS = tuple(item.name for item in fields(Config) if item.metadata["decides"] != "nothing")
 #: The fields that act after training: runs that differ in these alone can share weights.
@@ -241,13 +245,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_config(argv: Sequence[str] | None, description: str | None, preset: Mapping[str, Any] | None = None) -> Config:
+def parse_config(
+    argv: Sequence[str] | None, description: str | None,
+    preset: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
+) -> Config:
     """Turn the command line into a configuration.
 
     Args:
         argv: the arguments; those of the process if None.
         description: the first line of the help.
-        preset: values in place of the defaults, where no flag says otherwise; ``--quick`` gives ``QUICK`` if None.
+        preset: values in place of the defaults, where no flag says otherwise, or a function from the values of the flags
+            to them; ``--quick`` gives ``QUICK`` if None.
 
     Raises:
         UserError: an unknown flag or a value out of range.
@@ -280,6 +288,11 @@ def parse_config(argv: Sequence[str] | None, description: str | None, preset: Ma
     idle = [_flag_name(name) for name in given if name not in MAPS_FLAGS]
     if "maps" in given and idle:
         raise UserError(f"--maps judges maps that are there and makes none; leave {', '.join(idle)} out")
+    idle = [_flag_name(name) for name in UNET_FIELDS if name in given]
+    if "model" in given and idle:
+        raise UserError(f"{', '.join(idle)} would change the U-Net; with --model leave it out, and let the factory decide")
+    if callable(preset):
+        preset = preset(given)
     if preset is None:
         preset = QUICK if given.get("quick") else {}
     return Config(**{**preset, **given})

@@ -17,6 +17,8 @@ from runtime.errors import UserError
 class FolderLock:
     """Holds a folder for one process; the system lets go of it when the process dies.
 
+    A folder that was made for this and holds nothing else when it is let go of is removed again.
+
     Args:
         folder: made when absent.
         remedy: what the user can do about a folder that is taken or cannot be written.
@@ -32,13 +34,25 @@ class FolderLock:
         self, folder: Path, remedy: str = "choose another --results folder", waiting: Callable[[str], None] | None = None
     ):
         self.path, self.remedy, self.waiting = Path(folder) / ".lock", remedy, waiting
+        self.made: list[Path] = []  # folders that were not there, the innermost first
 
     def __enter__(self) -> FolderLock:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = open(self.path, "a+b", buffering=0)
+            while not self._take():  # the holder before removed the folder
+                self.stream.close()
         except OSError as error:
             raise UserError(f"cannot write to {self.path.parent}: {error.strerror or error}; {self.remedy}") from error
+        if hasattr(os, "register_at_fork"):
+            # a forked helper shares the lock, and would keep the folder when it outlives a killed run
+            reference = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _let_go(reference))
+        return self
+
+    def _take(self) -> bool:
+        """Open the file and lock it; whether that is still the file of this name."""
+        self.made += [folder for folder in self.path.parents if not folder.exists() and folder not in self.made]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is held
         try:
             self._acquire()
             self.stream.truncate(0)
@@ -49,11 +63,7 @@ class FolderLock:
         except BaseException:
             self.stream.close()
             raise
-        if hasattr(os, "register_at_fork"):
-            # a forked helper shares the lock, and would keep the folder when it outlives a killed run
-            reference = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _let_go(reference))
-        return self
+        return os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(self.stream.fileno()))
 
     def _acquire(self) -> None:
         told = False
@@ -74,11 +84,17 @@ class FolderLock:
             time.sleep(0.1)
 
     def __exit__(self, *exception: object) -> None:
-        # the file stays: removing it would let two others lock two files of the same name
-        if not self.stream.closed:
-            with suppress(OSError):  # the name of a holder that is gone does no harm
-                self.stream.truncate(0)
-            self.stream.close()
+        if self.stream.closed:
+            return
+        with suppress(OSError):  # the name of a holder that is gone does no harm
+            self.stream.truncate(0)
+        # else the file stays; whoever waits for a file that is removed notices, and opens the one that took its name
+        with suppress(OSError):
+            if self.made and os.listdir(self.path.parent) == [self.path.name]:
+                self.path.unlink()
+                for folder in self.made:
+                    folder.rmdir()
+        self.stream.close()
 
 
 def _let_go(reference: weakref.ReferenceType[FolderLock]) -> None:

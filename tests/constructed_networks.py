@@ -1,12 +1,14 @@
-"""Small U-Nets and images for the tests of the maps, and the masks' description in NumPy."""
+"""Small U-Nets and images for the tests of the maps, networks of a user's, and the masks' description in NumPy."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any, Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
@@ -63,3 +65,70 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """
     deviation = (value.double() - expected.double()).abs().flatten(1).amax(1)
     return float((deviation / expected.double().abs().flatten(1).amax(1)).max())
+
+
+# ---------------------------------------------------------------- networks of a user's, as --model names them
+
+
+def block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Convolution, batch norm, and a ReLU that works in place, as most have."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
+    )
+
+
+class SmallNet(nn.Module):
+    """Two resolutions below that of the image, skips by concatenation, and weights that no logit depends on."""
+
+    def __init__(self, dropout: nn.Module | None = None) -> None:
+        super().__init__()
+        self.down1, self.down2, self.bottom = block(3, 4), block(4, 6), block(6, 8)
+        self.dropout = dropout or nn.Identity()
+        self.up2, self.up1 = block(14, 6), block(10, 4)
+        self.head, self.auxiliary = nn.Conv2d(4, 1, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.down1(x)
+        two = self.down2(F.max_pool2d(one, 2))
+        three = self.dropout(self.bottom(F.max_pool2d(two, 2)))
+        self.auxiliary(three)
+        two = self.up2(torch.cat([two, F.interpolate(three, scale_factor=2)], 1))
+        return self.head(self.up1(torch.cat([one, F.interpolate(two, scale_factor=2)], 1)))
+
+
+def plain() -> nn.Module:
+    """Without dropout."""
+    return SmallNet()
+
+
+def with_dropout() -> nn.Module:
+    """Dropout of whole feature maps at the bottleneck."""
+    return SmallNet(nn.Dropout2d(0.3))
+
+
+class Returning(nn.Module):
+    """A network whose logits come in something else."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.wrap = SmallNet(nn.Dropout(0.3)), wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self.inner(x))
+
+
+def in_a_dictionary() -> nn.Module:
+    return Returning(lambda z: {"aux": z * 0, "out": z})
+
+
+def under_another_key() -> nn.Module:
+    return Returning(lambda z: {"features": z.expand(-1, 3, -1, -1), "mask": z[:, 0]})
+
+
+def in_a_tuple() -> nn.Module:
+    return Returning(lambda z: (z.mean((2, 3)), z))
+
+
+def unet_without_dropout() -> nn.Module:
+    """This project's network, whose dropout is to be inserted."""
+    return UNet(4, 0.0)

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "model": set(),
     "dataset": {"isic", "runtime"},
     "uncertainty": {"model", "inference"},
-    "train": {"model", "dataset", "isic", "evaluation", "runtime"},
+    "train": {"model", "dataset", "isic", "evaluation", "experiment", "runtime"},
     "visualize": {"model", "dataset", "uncertainty", *PACKAGES},
     "main": {"model", "dataset", "uncertainty", "train", "visualize", *PACKAGES},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from dataset import (
     leave_out,
     normalise,
     prepare_data,
+    split_by_parts,
     split_ids,
 )
 from isic.cache import decode_pairs
 from isic.layout import find_pairs, isic_folders
 from isic.source import Source
+from isic.tables import Fixed
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
@@ -53,6 +56,96 @@ def test_split_does_not_depend_on_the_order_of_the_ids():
 def test_split_of_too_few_images_is_one_line():
     with pytest.raises(UserError, match="2 images are too few to split"):
         split_ids(["a", "b"])
+
+
+def test_groups_are_not_split_and_their_number_is_what_the_fractions_are_of():
+    ids = [f"image {i:03d}" for i in range(120)]
+    groups = {id: f"patient {place // 3}" for place, id in enumerate(ids)}  # 40 patients of three images
+    split = split_ids(ids, groups=groups)
+    assert [len(part) for part in split] == [84, 12, 24]  # 8 patients for testing, 4 of the other 32 for validation
+    assert sorted(sum(split, [])) == ids and all(part == sorted(part) for part in split)
+    owners = [{groups[id] for id in part} for part in split]
+    assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]
+    assert split == split_ids(ids[::-1], groups=groups) and split != split_ids(ids, seed=1, groups=groups)
+
+
+def test_images_without_a_group_are_split_like_groups_of_one():
+    ids = [f"image {i:02d}" for i in range(40)]
+    alone = {id: f"patient of {id}" for id in ids}
+    assert split_ids(ids, groups={ids[0]: ids[0]}) == split_ids(ids, groups=alone)
+    assert split_ids(ids, groups=alone).test == split_ids(ids).test  # the same draw
+
+
+def test_too_few_groups_are_one_line():
+    with pytest.raises(UserError, match="9 images in 1 groups are too few to split"):
+        split_ids([str(i) for i in range(9)], groups={str(i): "p" for i in range(9)})
+
+
+def test_a_table_says_the_split():
+    parts = {"a": "test", "b": "train", "c": "validation", "d": "train"}
+    assert split_by_parts(["a", "b", "c", "d"], parts, {}, "--split x") == Split(["b", "d"], ["c"], ["a"])
+    assert split_by_parts(["a", "b", "c", "d"], parts, {"b": "p", "d": "p", "a": "q"}, "--split x").test == ["a"]
+    with pytest.raises(UserError, match="--split x leaves 1 images for training; give it at least 2"):
+        split_by_parts(["a", "b", "c"], parts, {}, "--split x")
+    with pytest.raises(UserError, match="--split x leaves 0 images for test; give it at least 1"):
+        split_by_parts(["b", "c", "d"], parts, {}, "--split x")
+    message = "--split x: group p is in two parts: a is in test, d in training; put all images of a group into one part"
+    with pytest.raises(UserError, match=message):
+        split_by_parts(["a", "b", "c", "d"], parts, {"a": "p", "d": "p"}, "--split x")
+
+
+@pytest.fixture
+def tables(tmp_path):
+    def write(name: str, column: str, rows: dict[str, str]) -> str:
+        path = tmp_path / name
+        path.write_text(f"id,{column}\n" + "".join(f"{id},{value}\n" for id, value in rows.items()))
+        return str(path)
+
+    return write
+
+
+def ids_of(numbers):
+    return [f"ISIC_{number:07d}" for number in numbers]
+
+
+def test_a_run_is_split_by_a_table_and_says_what_it_leaves_out(tiny, tmp_path, tables, capsys):
+    rows = {id: ("train", "validation", "test")[number % 3] for number, id in enumerate(ids_of(range(18)))}
+    config = Config(image_size=32, cache=str(tmp_path / "cache"), split=tables("split.csv", "part", rows))
+    source = Source("tiny", *isic_folders(tiny), False)
+    data = prepare_data(config, source, ALONE)
+    assert data.split == Split(ids_of(range(0, 18, 3)), ids_of(range(1, 18, 3)), ids_of(range(2, 18, 3)))
+    assert data.pairs.ids == ids_of(range(18)) and data.groups is None
+    assert "6 of 24 images are not in --split" in capsys.readouterr().err
+    shortened = prepare_data(replace(config, limit=9), source, ALONE)  # evenly spaced over those that the table lists
+    assert shortened.pairs.ids == ids_of(range(0, 18, 2))
+    assert shortened.split == Split(ids_of([0, 6, 12]), ids_of([4, 10, 16]), ids_of([2, 8, 14]))
+    wrong = replace(config, split=tables("wrong.csv", "part", {**rows, "ISIC_9": "test"}))
+    with pytest.raises(UserError, match="lists 1 images that are not in .*, the first of them ISIC_9"):
+        prepare_data(wrong, source, ALONE)
+
+
+def test_a_run_knows_the_groups_of_its_images(tiny, tmp_path, tables, capsys):
+    groups = {id: f"p{number // 2}" for number, id in enumerate(ids_of(range(22)))}
+    config = Config(image_size=32, cache=str(tmp_path / "cache"), groups=tables("groups.csv", "group", {**groups, "other": "p"}))
+    source = Source("tiny", *isic_folders(tiny), False)
+    data = prepare_data(config, source, ALONE)
+    assert data.groups == groups
+    assert data.split == split_ids(data.pairs.ids, groups=groups) != split_ids(data.pairs.ids)
+    assert "2 of 24 images are not in --groups" in capsys.readouterr().err
+    part = {id: ("train", "validation", "test")[number % 3] for number, id in enumerate(ids_of(range(24)))}
+    with pytest.raises(UserError, match="group p0 is in two parts: ISIC_0000000 is in training, ISIC_0000001 in validation"):
+        prepare_data(replace(config, split=tables("split.csv", "part", part)), source, ALONE)
+
+
+def test_what_another_run_fixed_holds_where_no_flag_says_otherwise(tiny, tmp_path, tables, capsys):
+    fixed = Fixed({id: ("train", "validation", "test")[number % 3] for number, id in enumerate(ids_of(range(12)))}, {"x": "y"})
+    config = Config(image_size=32, cache=str(tmp_path / "cache"), weights_from="run", groups=tables("g.csv", "group", {
+        ids_of([0])[0]: "p"}))
+    data = prepare_data(config, Source("tiny", *isic_folders(tiny), False), ALONE, fixed)
+    assert data.split.test == ids_of([2, 5, 8, 11]) and len(data.pairs.ids) == 12 and data.groups == {ids_of([0])[0]: "p"}
+    assert "left out" not in capsys.readouterr().err  # nobody asked for the others
+    with pytest.raises(UserError, match="the split of run lists 1 images that are not in"):
+        prepare_data(config, Source("tiny", *isic_folders(tiny), False), ALONE, Fixed({**fixed.parts, "z": "test"}, None))
 
 
 # ---------------------------------------------------------------- tensors

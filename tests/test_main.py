@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import platform
 import shutil
 from importlib import metadata
@@ -16,9 +17,10 @@ import torch
 from conftest import TINY_FLAGS, command, process, write_pairs
 from PIL import Image
 
-import visualize
 from evaluation.conclusion import ENDPOINT_NAMES
 from evaluation.fusion import Fusion, Linear
+from experiment.case_images import Chosen, newest_run
+from experiment.computed_case import compute_case
 from experiment.map_files import MAP_ARRAYS
 from isic.layout import ISIC_IMAGES, ISIC_MASKS, find_pairs
 from isic.source import find_source
@@ -187,7 +189,7 @@ def test_weights_of_another_run_give_what_training_them_again_would(finished, ti
     [
         (("--dropout", 0.4), None, "trained otherwise: dropout is 0.2 there and 0.4 here"),
         (("--seed", 1), None, "seed is 42 there and 1 here"),
-        (("--limit", 20), None, "data is"),
+        (("--limit", 20), None, "limit is None there and 20 here"),
         ((), "metrics.json", "holds no finished run (no metrics.json)"),
         ((), "weights/best_model.pth", "there is no checkpoint"),
     ],
@@ -331,10 +333,13 @@ def test_the_pool_holds_both_and_one_conclusion(trainings):
         {"name": f"seed-{seed}", "seed": seed, "identity": part["identity"], "dice": part["test"]["dice"],
          "lambda": part["lambda"]} for seed, part in zip((42, 43), parts)]
     conclusion = metrics["conclusion"]
-    assert (conclusion["trainings"], conclusion["seeds"], conclusion["notes"]) == (2, [42, 43], [])
+    assert (conclusion["trainings"], conclusion["seeds"]) == (2, [42, 43]) and conclusion["notes"][0].startswith("Two trainings")
     for row, *ones in zip(conclusion["endpoints"], *(part["conclusion"]["endpoints"] for part in parts)):
         assert row["by_training"] == [one["value"] for one in ones], row["name"]
-    assert metrics["test"] == {"images": 5, "dice": pytest.approx(np.mean([part["test"]["dice"] for part in parts]))}
+    assert metrics["test"]["images"] == 5
+    assert metrics["test"]["dice"] == pytest.approx(np.mean([part["test"]["dice"] for part in parts]))
+    for score, value in metrics["test"]["foreground_ece"].items():
+        assert value == pytest.approx(np.mean([part["test"]["foreground_ece"][score] for part in parts]))
     for name in ("report.html", "report.md", "figures/endpoints.png"):
         assert (trainings / name).is_file()
     said = (trainings.parent / "stdout.txt").read_text()
@@ -369,7 +374,8 @@ def test_pooling_the_runs_gives_what_training_them_together_gave(trainings, tmp_
     assert outcome.returncode == 0, outcome.stderr
     pool = tmp_path / "results" / "pooled"
     assert (pool / "metrics.json").read_bytes() == (trainings / "metrics.json").read_bytes()
-    assert str(trainings / "seed-42" / "report.html") in (pool / "report.html").read_text()
+    link = os.path.relpath((trainings / "seed-42" / "report.html").resolve(), pool.resolve())
+    assert link in (pool / "report.html").read_text()
     outcome = command("--pool", *trainings.glob("seed-*"), "--resamples", 200, "--margin", "brier=0.5", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert json.loads((pool / "metrics.json").read_text())["conclusion"]["endpoints"][1]["margin"] == 0.5
@@ -399,8 +405,8 @@ def test_what_cannot_be_pooled_is_one_line(trainings, tmp_path, flags, message):
 def test_visualize_of_several_trainings_names_them_and_picks_one(trainings, tmp_path):
     names = f"{trainings / 'seed-42'}, {trainings / 'seed-43'}"
     _is_one_line(command("--run", trainings, script="visualize.py", cwd=tmp_path), f"choose one of them: {names}")
-    assert visualize.newest_run(trainings) == trainings / "seed-43"
-    assert visualize.newest_run(trainings.parent) == trainings / "seed-43"
+    assert newest_run(trainings) == trainings / "seed-43"
+    assert newest_run(trainings.parent) == trainings / "seed-43"
 
 
 # ---------------------------------------------------------------- the error lines
@@ -530,7 +536,7 @@ def test_visualize_shows_the_maps_that_the_run_saved(finished):
     record = json.loads((finished / "config.json").read_text())
     pairs = {pair.id: pair for pair in find_pairs(Path(record["images"]), Path(record["masks"]))}
     id = record["split"]["test"][2]
-    case, _, _ = visualize.compute_case(finished, pairs[id], pairs[id].image, id, "cpu")
+    case = compute_case(finished, Chosen(id, None, pairs[id].image, pairs[id], "", ()), "cpu")
     with np.load(finished / "uncertainty_maps" / "test" / f"{id}.npz") as saved:
         for key in ("mean_prediction", "pred_variance", "saliency_variance", "fused_score"):
             np.testing.assert_array_equal(case.maps[key], saved[key])

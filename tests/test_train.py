@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import log_loss
 
 from dataset import normalise, split_ids
+from experiment.networks import UserNetwork
 from isic.cache import decode_pairs
 from isic.layout import find_pairs, isic_folders
 from model import UNet
@@ -171,6 +172,51 @@ def test_the_log_is_a_table_with_a_row_per_epoch(tmp_path, data):
     (tmp_path / "training_log.csv").unlink()  # a run may have died just before it wrote this
     run(tmp_path, data)
     assert (tmp_path / "training_log.csv").is_file()
+
+
+# ---------------------------------------------------------------- a network of the user's
+
+MODEL = "constructed_networks"
+NETWORKS = [
+    {"model": f"{MODEL}:with_dropout", "target_layer": "bottom"},
+    {"model": f"{MODEL}:plain", "insert_dropout": 0.25, "target_layer": "bottom"},
+    {"model": f"{MODEL}:in_a_tuple", "output": "1", "target_layer": "inner.bottom"},
+]
+
+
+@pytest.mark.parametrize("options", NETWORKS)
+def test_another_network_resumes_as_the_u_net_does(tmp_path, data, options):
+    config = replace(CONFIG, **options)
+    whole = run(tmp_path / "whole", data, config)
+    seen = 0
+
+    def interrupt(count, note):
+        nonlocal seen
+        seen += count
+        if seen >= 20:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", data, config, report=interrupt)
+    resumed = run(tmp_path / "broken", data, config)
+    assert isinstance(resumed.model, UserNetwork) and not resumed.model.training
+    assert weights_fingerprint(resumed.model) == weights_fingerprint(whole.model)
+    assert resumed.model.sites == whole.model.sites == (["dropout", "up2"] if "insert_dropout" in options else [])
+    stored = load_checkpoint(tmp_path / "broken" / "weights" / "best_model.pth")
+    assert stored["options"] == {} and "head.weight" in {name.removeprefix("inner.") for name in stored["model"]}
+
+
+def test_inserted_dropout_acts_in_training(tmp_path, data):
+    losses = []
+    for p in (0.25, 0.5):
+        config = replace(CONFIG, epochs=1, **{**NETWORKS[1], "insert_dropout": p})
+        losses.append(run(tmp_path / str(p), data, config).log[0]["train_loss"])
+    assert losses[0] != losses[1]
+
+
+def test_another_network_learns(tmp_path, data):
+    config = replace(CONFIG, **NETWORKS[1], epochs=40, lr=1e-2, patience=40)
+    assert run(tmp_path, data, config).best_dice > 0.7
 
 
 # ---------------------------------------------------------------- the state to go on from

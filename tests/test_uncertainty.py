@@ -328,6 +328,24 @@ def test_capturing_cuts_the_graph_and_leaves_no_hook():
     assert x.grad is None and a.weight.grad is None and not a._forward_hooks
 
 
+def test_what_follows_a_captured_layer_may_work_in_place():
+    layer, after = nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True)
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = layer(x).detach()
+    with capture_activations(layer) as captured:
+        score = after(layer(x)).sum()
+    assert torch.equal(captured[0], expected)
+    assert torch.equal(torch.autograd.grad(score, captured)[0], (expected > 0).float())
+
+
+def test_other_hooks_of_a_captured_layer_act_behind_it():
+    layer = nn.Conv2d(1, 2, 1)
+    layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    with capture_activations(layer) as captured:
+        score = layer(torch.ones(1, 1, 4, 4)).sum()
+    assert torch.autograd.grad(score, captured)[0].unique().tolist() == [3.0]
+
+
 # ---------------------------------------------------------------- against pytorch-grad-cam
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import command
 from PIL import Image
 from saved_runs import make_run
 
+from experiment.case_images import newest_run
 from experiment.saved_run import load_run
 from reporting import run_pictures
 from reporting.charts import RUN_FIGURES
 from reporting.galleries import RULES, choose
 from runtime.errors import UserError
-from visualize import newest_run
 
 
 def test_summary_draws_everything_without_weights(saved):
@@ -68,6 +69,8 @@ def test_a_gallery_whose_rule_is_defined_for_no_image_is_one_line(tmp_path):
         (("--gallery", "best", "--summary"), "do not go together"),
         (("--gallery", "best", "--id", "a"), "leave --id and --image out"),
         (("--summary", "--output", "a.png"), "leave --output out"),
+        (("--test-set", "x", "--summary"), "--test-set says where an image is looked for"),
+        (("--test-set", "x"), "has no test set x; the run was tested on its own images"),
         (("--overlay", "beauty"), "there is no map beauty"),
     ],
 )
@@ -110,3 +113,61 @@ def test_the_overlay_command(finished, tmp_path):
                       script="visualize.py", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert Image.open(tmp_path / "o.png").width == 2000
+
+
+def with_test_set(saved: Path, folder: Path) -> Path:
+    """A copy of a run with another test set, "clinic": its own images once more, under other ids."""
+    run = Path(shutil.copytree(saved, folder))
+    record = json.loads((run / "config.json").read_text())
+    ids = record["split"]["test"]
+    for kind in ("images", "masks"):
+        (folder.parent / kind).mkdir()
+        for id in ids:
+            shutil.copy(Path(record[kind]) / f"{id}.png", folder.parent / kind / f"c_{id}.png")
+    (run / "uncertainty_maps" / "target-clinic").mkdir()
+    for id in ids:
+        shutil.copy(run / "uncertainty_maps" / "test" / f"{id}.npz", run / "uncertainty_maps" / "target-clinic" / f"c_{id}.npz")
+    table = (run / "per_image.csv").read_text()
+    header, *rows = table.splitlines()
+    (run / "per_image_clinic.csv").write_text("\n".join([header, *(f"c_{row}" for row in rows)]))
+    record["targets"] = [{
+        "name": "clinic", "images": str(folder.parent / "images"), "masks": str(folder.parent / "masks"),
+        "ids": [f"c_{id}" for id in ids]}]
+    (run / "config.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_gallery_of_another_test_set(saved, tmp_path):
+    run = with_test_set(saved, tmp_path / "run")
+    gallery = ("--gallery", "best", "--n", "2", "--test-set", "clinic")
+    outcome = command("--run", run, *gallery, "--output", "c.svg", script="visualize.py", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    own = command("--run", run, *gallery[:4], "--output", "o.svg", script="visualize.py", cwd=tmp_path)
+    lines = [said.stdout.splitlines()[:2] for said in (own, outcome)]
+    assert lines[1] == [f"c_{line}" for line in lines[0]]
+    assert f"--run {run} --gallery best --n 2 --test-set clinic --output c.svg" in outcome.stdout
+    drawn = (tmp_path / "c.svg").read_text()
+    assert "images of clinic, highest Dice" in drawn and "test images, highest Dice" in (tmp_path / "o.svg").read_text()
+    # what is known of the images of the run is not known of these
+    assert "SYNTHETIC LESIONS" not in drawn and "SYNTHETIC LESIONS" in (tmp_path / "o.svg").read_text()
+    shutil.rmtree(run / "uncertainty_maps" / "test")
+    alone = command("--run", run, "--gallery", "best", script="visualize.py", cwd=tmp_path)
+    assert alone.returncode == 2 and "choose one with --test-set: clinic" in alone.stderr
+    outcome = command("--run", run, "--summary", script="visualize.py", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_more_images_than_there_are_is_said(saved, tmp_path):
+    gallery = ("--gallery", "best", "--n", "90", "--output", "g.png")
+    outcome = command("--run", saved, *gallery, script="visualize.py", cwd=tmp_path)
+    assert "there are 6 test images; --n 90 draws all of these" in outcome.stdout
+    few = command("--run", saved, *gallery[:2], "--n", "3", "--output", "g.png", script="visualize.py", cwd=tmp_path)
+    assert "there are" not in few.stdout
+
+
+def test_an_unfinished_run_is_one_line_with_the_command_that_finishes_it(saved, tmp_path):
+    run = Path(shutil.copytree(saved, tmp_path / "run"))
+    (run / "metrics.json").unlink()
+    outcome = command("--run", run, script="visualize.py", cwd=tmp_path)
+    assert outcome.returncode == 2 and len(outcome.stderr.splitlines()) == 1
+    assert "this finishes it: python main.py --data 'a folder'" in outcome.stderr

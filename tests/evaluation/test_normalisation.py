@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.names import PREDICTIVE, SALIENCY
-from evaluation.normalisation import NORMALISATIONS, Linear, distributions
+from evaluation.normalisation import NORMALISATIONS, Linear, distributions, rank, robust_quantile
 
 
 def test_min_max_of_known_numbers():
@@ -79,3 +79,13 @@ def test_bad_variances_are_named(bad, message):
 def test_no_validation_image_is_an_error():
     with pytest.raises(ValueError, match="no image"):
         distributions(Images([]))
+
+
+def test_normalisations_by_histogram_see_values_above_one_as_they_see_those_below():
+    generator = torch.Generator().manual_seed(0)
+    maps = [("a", {name: torch.rand(64, 64, generator=generator) for name in ("pred_variance", "saliency_variance")})]
+    scaled = [(id, {name: 1024 * values for name, values in one.items()}) for id, one in maps]
+    assert distributions(scaled)["pred_variance"].unit == 1024.0 and distributions(maps)["pred_variance"].unit == 1.0
+    for normalisation in (rank, robust_quantile):
+        one, other = (normalisation(distributions(split)["pred_variance"]) for split in (maps, scaled))
+        assert torch.equal(other(scaled[0][1]["pred_variance"]), one(maps[0][1]["pred_variance"]))

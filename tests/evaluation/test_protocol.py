@@ -14,8 +14,10 @@ from slow_errors import slow_foreground_error
 
 from evaluation import fusion
 from evaluation.counting import Counters, count_scores, merge
+from evaluation.detectors import detector_numbers
 from evaluation.fusion import lambda_grid
 from evaluation.joint import with_partners
+from evaluation.measures import score_table
 from evaluation.protocol import count_splits, evaluate, tune, validation_edges
 from evaluation.summary import per_image, summarise
 
@@ -92,6 +94,68 @@ def test_everything_follows_from_saved_and_merged_counters(splits, found, tmp_pa
 def test_the_order_of_the_images_does_not_matter(splits, found):
     validation, test = (Images(reversed(split.items)) for split in splits)
     assert evaluate(validation, test, resamples=300).metrics == found.metrics
+
+
+# ---------------------------------------------------------------- groups
+
+
+def intervals_of(content, path=""):
+    """Every interval in nested metrics, by its path."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key.endswith("interval") and isinstance(value, list) and len(value) == 2 and not isinstance(value[0], list):
+                yield f"{path}/{key}", [np.nan if bound is None else bound for bound in value]
+            else:
+                yield from intervals_of(value, f"{path}/{key}")
+    elif isinstance(content, list):
+        for place, value in enumerate(content):
+            yield from intervals_of(value, f"{path}/{place}")
+
+
+def test_two_copies_of_each_image_in_a_group_have_the_intervals_of_the_images(splits):
+    # an independent reference for every interval: drawing a group is drawing its image, and two copies change no mean
+    validation, test = splits[0], Images(splits[1].items[:6])
+    copies = Images([(id + end, maps) for id, maps in test for end in ("", "~")])
+    groups = {id + end: f"lesion of {id}" for id, _ in test for end in ("", "~")}
+    fused = tune(validation).fusion
+    once = evaluate(validation, test, resamples=60, study=True).metrics
+    twice = evaluate(validation, copies, resamples=60, study=True, groups=groups).metrics
+    once["detectors"] = detector_numbers(validation, test, fused, resamples=60)
+    twice["detectors"] = detector_numbers(validation, copies, fused, resamples=60, groups=groups)
+    found = dict(intervals_of(twice))
+    compared = 0
+    for path, interval in intervals_of(once):
+        # the area under a curve over k images knows how many there are
+        if not ("ranking_of_images" in path and path.endswith(("aurc/interval", "augrc/interval"))):
+            np.testing.assert_allclose(found[path], interval, rtol=5e-4, atol=5e-4, err_msg=path)
+            compared += 1
+    assert compared > 1000 and {"rules", "added_value", "added_value_of_trees"} <= once["study"].keys()
+    assert (once["bootstrap"]["unit"], twice["bootstrap"]["unit"]) == ("image", "group")
+    assert "12 test images in 6 groups" in twice["verdict"] and "6 test images)" in once["verdict"]
+    alone = evaluate(validation, copies, resamples=60).metrics  # copies taken for images of their own: too narrow
+    low, high = alone["test"]["dice_interval"]
+    assert high - low < 0.85 * np.subtract(*once["test"]["dice_interval"][::-1])
+
+
+def test_groups_of_one_image_each_change_no_number(splits, found):
+    groups = {id: f"patient {place}" for split in splits for place, (id, _) in enumerate(split)}
+    metrics = evaluate(*splits, resamples=300, groups=groups).metrics
+    assert metrics["bootstrap"].pop("unit") == "group"
+    expected = {**found.metrics, "bootstrap": {k: v for k, v in found.metrics["bootstrap"].items() if k != "unit"}}
+    for name in ("verdict", "verdict_recalibrated"):  # they say the number of groups
+        del metrics[name], expected[name]
+    assert metrics == expected
+
+
+def test_a_smoothed_confidence_knows_the_number_of_groups_and_not_of_images(splits):
+    validation, test = splits
+    one = {id: "all of them" for id, _ in validation}
+    tuned = tune(validation)
+    counted = count_splits(tuned, validation, test)
+    log_loss = ("foreground", "isotonic", "log_loss")
+    plain, grouped = (score_table(*counted, 20, 42, groups) for groups in (None, one))
+    # half of one independent group is the bound: every confidence is one half, and the log loss ln 2
+    assert grouped.value(log_loss, "fused") == pytest.approx(np.log(2)) != plain.value(log_loss, "fused")
 
 
 def test_the_number_of_lambda_steps_makes_the_grid(splits):

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from evaluation.calibration import brier_parts, expected_calibration_error
-from evaluation.resampling import HIGHER_IS_BETTER, bootstrap, bootstrap_weights, estimate, interval, paired_difference, verdict
+from evaluation.resampling import (
+    HIGHER_IS_BETTER,
+    bootstrap,
+    bootstrap_weights,
+    count_units,
+    estimate,
+    interval,
+    paired_difference,
+    units_of,
+    verdict,
+)
 
 
 def test_bootstrap_is_resampling_of_images():
@@ -19,6 +29,51 @@ def test_bootstrap_is_resampling_of_images():
         images = np.repeat(np.arange(7), weight.astype(int))
         assert found["a"][row] == counters["a"][images, 1, 2].sum()
         assert found["b"][row] == pytest.approx(counters["b"][images].sum())
+
+
+def test_bootstrap_of_groups_draws_each_group_with_all_its_images():
+    rng = np.random.default_rng(3)
+    ids = [f"image {index}" for index in range(12)]
+    groups = {id: f"patient {7 * place % 4}" for place, id in enumerate(ids[:9])}  # the last three stand for themselves
+    units = units_of(ids, groups)
+    members = {}
+    for place, id in enumerate(ids):  # the slow reference: a list of images for each unit, drawn by their numbers
+        members.setdefault(groups.get(id, id), []).append(place)
+    counters = {"x": rng.random((12, 3)), "n": rng.integers(1, 9, 12)}
+    found = bootstrap(counters, lambda summed: {"mean": summed["x"][:, 1] / summed["n"]}, 50, seed=7, chunk=16, units=units)
+    drawn = np.random.default_rng(7)
+    for first in range(0, 50, 16):
+        for row, numbers in enumerate(drawn.integers(0, len(members), size=(min(16, 50 - first), len(members)))):
+            images = [image for number in numbers for image in list(members.values())[number]]
+            expected = counters["x"][images, 1].sum() / counters["n"][images].sum()
+            assert found["mean"][first + row] == pytest.approx(expected, rel=1e-12)
+    assert count_units(ids, groups) == len(members) == 4 + 3
+    assert units_of(ids, None) is None and units_of(ids, {"another image": "p"}) is None
+    assert count_units(ids, None) == count_units(ids, {}) == 12
+
+
+def test_groups_of_one_image_each_draw_what_images_draw():
+    alone = units_of(list("dbca"), {"b": "z", "a": "y", "d": "x", "c": "w"})
+    for one, other in zip(bootstrap_weights(4, 30, 5, units=alone), bootstrap_weights(4, 30, 5)):
+        assert np.array_equal(one, other)
+
+
+def test_the_interval_of_groups_is_wider_where_their_images_are_alike_and_covers_what_the_other_misses():
+    held = {"groups": 0, "images": 0}
+    widths = {"groups": [], "images": []}
+    for repetition in range(200):
+        rng = np.random.default_rng([11, repetition])
+        patients = np.repeat(np.arange(25), rng.integers(1, 9, 25))  # 1 to 8 images each
+        values = rng.normal(0, 1, 25)[patients] + rng.normal(0, 0.5, len(patients))  # of which the patient decides most
+        units = units_of([str(image) for image in range(len(values))], {str(image): str(p) for image, p in enumerate(patients)})
+        arrays = {"x": values, "n": np.ones(len(values))}
+        for name, drawn in (("groups", units), ("images", None)):
+            samples = bootstrap(arrays, lambda summed: {"mean": summed["x"] / summed["n"]}, 300, repetition, units=drawn)
+            low, high = interval(samples["mean"])
+            held[name] += low <= 0.0 <= high
+            widths[name].append(high - low)
+    assert np.mean(widths["groups"]) > 1.6 * np.mean(widths["images"])
+    assert held["groups"] / 200 > 0.86 and held["images"] / 200 < 0.75, held
 
 
 def test_chunks_do_not_change_the_bootstrap_and_seeds_do():

@@ -110,7 +110,7 @@ def test_metrics_are_strict_json(found):
 def sentence(values, samples, lam=0.5):
     key = ("foreground", "raw", "ece")
     table = ScoreTable(("predictive_variance", "fused"), {key: np.array(values)}, {key: np.array(samples)})
-    return verdict_sentence(lam, table, images=7)
+    return verdict_sentence(lam, table, sample="7 test images")
 
 
 def test_the_verdict_says_the_numbers_it_rests_on():

@@ -176,13 +176,15 @@ def test_the_order_of_the_trainings_does_not_matter(two, tmp_path, asked):
     assert pool_trainings(two, tmp_path, Config()).metrics == pool_trainings(two[::-1], tmp_path, Config()).metrics
     for trainings, options in asked:
         assert [training.seed for training in trainings] == [42, 43]
-        assert options == {"resamples": RESAMPLES, "seed": 42, "margins": DEFAULT_MARGINS, "permutations": PERMUTATIONS}
+        assert options == {"resamples": RESAMPLES, "seed": 42, "margins": DEFAULT_MARGINS, "permutations": PERMUTATIONS,
+                           "groups": None}
 
 
 def test_margins_and_resamples_are_those_that_were_asked_for(two, tmp_path, asked):
     pool_trainings(two, tmp_path, Config(resamples=200, margin={"brier": 0.5}))
     assert asked[0][1] == {"resamples": 200, "seed": 42, "margins": {**DEFAULT_MARGINS, "brier": 0.5},
-                           "permutations": PERMUTATIONS}
+                           "permutations": PERMUTATIONS,
+                           "groups": None}
 
 
 def test_one_training_is_concluded_like_several(two, asked):
@@ -191,7 +193,8 @@ def test_one_training_is_concluded_like_several(two, asked):
     ((trainings, options),) = asked
     assert [(training.name, training.seed) for training in trainings] == [("seed-43", 43)]
     # the null of the error models takes time: one training has it with --study
-    assert options == {"resamples": 200, "seed": 43, "margins": {**DEFAULT_MARGINS, "brier": 0.5}, "permutations": 0}
+    assert options == {"resamples": 200, "seed": 43, "margins": {**DEFAULT_MARGINS, "brier": 0.5}, "permutations": 0,
+                       "groups": None}
     conclude_run(Config(seed=43, study=True), result.fusion, result.validation, result.test)
     assert asked[1][1]["permutations"] == PERMUTATIONS
 
@@ -257,6 +260,70 @@ def test_the_metrics_are_written_last(two, tmp_path, asked):
     with pytest.raises(UserError, match="no room"):
         write_pool(Config(), two, results, fail)
     assert not (results / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- groups, and other test sets
+
+
+def with_target(folder, name, dice, fingerprint="f", groups=None):
+    """Add the counts and the numbers of another test set to a finished training; returns its folder."""
+    with np.load(folder / "calibration.npz") as content:
+        arrays = {key: content[key] for key in content.files}
+    copied = {key.replace("test/", f"target:{name}/"): values for key, values in arrays.items() if key.startswith("test/")}
+    copied[f"target:{name}/ids"] = np.array(["x", "y"])
+    np.savez(folder / "calibration.npz", **arrays, **copied)
+    record = read_json(folder / "config.json")
+    entry = {"name": name, "ids": ["x", "y"], "fingerprint": fingerprint, **({"groups": groups} if groups else {})}
+    edit(folder / "config.json", targets=[*record.get("targets", ()), entry])
+    metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key != "checksum"}
+    numbers = {
+        "test": {"images": 2, "dice": dice, "foreground_ece": {"fused": dice / 2, "saliency_variance": None}},
+        "shift": {"dice": {"source": 0.75, "target": dice}, "probability": {"source": None, "target": None}},
+    }
+    write_json(folder / "metrics.json", seal({**metrics, "targets": {**metrics.get("targets", {}), name: numbers}}))
+    return folder
+
+
+def test_groups_are_read_from_the_record(two, tmp_path, asked):
+    for folder in two:
+        edit(folder / "config.json", groups={"a": "p", "b": "p"})
+    assert pool_trainings(two, tmp_path, Config()).record["groups"] == {"a": "p", "b": "p"}
+    assert asked[0][1]["groups"] == {"a": "p", "b": "p"}
+    assert "targets" not in pool_trainings(two, tmp_path, Config()).record
+
+
+def test_a_test_set_of_all_trainings_is_concluded_from_together(two, tmp_path, asked):
+    for folder, dice in zip(two, (0.5, 0.25)):
+        edit(folder / "config.json", groups={"a": "p"})
+        with_target(folder, "far", dice, groups={"x": "q"})
+    pool = pool_trainings(two, tmp_path, Config())
+    own, far = asked
+    assert [training.test.ids for training in far[0]] == [("x", "y")] * 2
+    assert [training.validation.ids for training in far[0]] == [("a", "b")] * 2 == [one.validation.ids for one in own[0]]
+    assert own[1]["groups"] == {"a": "p"} and far[1]["groups"] == {"a": "p", "x": "q"}
+    found = pool.metrics["targets"]["far"]
+    assert found["test"] == {"images": 2, "dice": 0.375, "foreground_ece": {"fused": 0.1875, "saliency_variance": None}}
+    assert found["shift"] == {"dice": {"source": 0.75, "target": 0.375}, "probability": {"source": None, "target": None}}
+    assert [one["dice"] for one in found["by_training"]] == [0.25, 0.5]  # in the order of the seeds
+    assert found["conclusion"]["seeds"] == [42, 43]
+    assert [entry["name"] for entry in pool.record["targets"]] == ["far"]
+
+
+def test_a_test_set_that_is_not_the_same_in_all_trainings_is_left_out_and_named(two, tmp_path, asked):
+    with_target(with_target(two[0], "far", 0.5), "near", 0.5)
+    with_target(two[1], "far", 0.5, fingerprint="of other images")
+    pool = pool_trainings(two, tmp_path, Config())
+    assert "targets" not in pool.metrics and "targets" not in pool.record
+    assert [entry["text"] for entry in pool.metrics["warnings"]] == [
+        f"Test set {name} is left out: not every training was measured on it." for name in ("far", "near")]
+
+
+def test_counts_of_a_set_that_the_last_command_did_not_name_are_not_read(two):
+    folder = with_target(two[0], "far", 0.5)
+    assert list(read_training(folder).targets) == ["far"]
+    metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key not in ("checksum", "targets")}
+    write_json(folder / "metrics.json", seal(metrics))
+    assert read_training(folder).targets == {}
 
 
 def test_a_pool_is_not_read_as_a_run(two, tmp_path, asked):

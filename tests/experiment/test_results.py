@@ -15,6 +15,7 @@ from conftest import write_pairs
 from dataset import Data, split_ids
 from experiment.results import (
     NUMBERS,
+    check_weights_from,
     claim_results,
     clear_results,
     copy_weights,
@@ -201,7 +202,7 @@ def trained(tmp_path):
     folder, model = tmp_path / "trained", UNet(2)
     save_checkpoint(folder / "weights" / "best_model.pth", {"model": model.state_dict(), "options": model.options})
     (folder / "training_log.csv").write_text("epoch\n1\n")
-    write_json(folder / "config.json", {"identity": "i", "decides": {"seed": 1, "passes": 30}})
+    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": {"seed": 1, "passes": 30}})
     write_json(folder / "metrics.json", seal({"identity": fingerprint(["i", weights_fingerprint(model)])}))
     return folder, weights_fingerprint(model)
 
@@ -230,7 +231,7 @@ def test_taken_weights_are_part_of_what_a_run_is(trained, results, data):
     folder, weights = trained
     config = replace(CONFIG, weights_from=str(folder))
     inputs = identity_inputs(results, CONFIG, data, CPU)
-    write_json(folder / "config.json", {"identity": "i", "decides": inputs})
+    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
     assert identity_inputs(results, config, data, CPU) == {**inputs, "weights": weights}
     with pytest.raises(UserError, match="where this run would write; give another --results folder"):
         identity_inputs(folder, config, data, CPU)
@@ -246,6 +247,69 @@ def test_weights_and_log_are_copied(trained, results):
         copy_weights(folder, results)
 
 
+def test_a_run_that_only_measures_other_sets_is_what_the_run_of_the_weights_is(trained, results, data, source):
+    folder, weights = trained
+    (folder / "config.json").unlink()
+    made = claim_results(folder, CONFIG, source, data, ALONE)
+    model_weights = {"identity": fingerprint([made.identity, weights])}
+    write_json(folder / "metrics.json", seal(model_weights))
+    config, target = replace(CONFIG, weights_from=str(folder)), {"name": "far", "ids": ["x"]}
+    whole = claim_results(results, config, source, data, ALONE)
+    alone = claim_results(results, config, source, None, ALONE, [target])  # the same folder goes on either way
+    assert alone.identity == whole.identity
+    record, before = read_json(results / "config.json"), read_json(folder / "config.json")
+    assert record["targets"] == [target] and record["decides"] == {**before["decides"], "weights": weights}
+    for name in ("images", "masks", "split", "skipped", "fitted_on", "data_fingerprint", "synthetic"):
+        assert record[name] == before[name]
+    assert len(record["fitted_on"]) == 19 and all(len(mark) == 16 for mark in record["fitted_on"])
+
+
+def test_what_is_known_of_taken_weights_is_checked_before_any_image_is_read(trained, data):
+    folder, _ = trained
+    inputs = {**identity_inputs(Path("x"), CONFIG, data, CPU), "split": "s", "groups": "g", "weights": "w"}
+    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
+    check_weights_from(replace(CONFIG, weights_from=str(folder), passes=9), CPU)
+    check_weights_from(replace(CONFIG, weights_from=str(folder), amp="auto"), CPU)  # whatever that meant there
+    with pytest.raises(UserError, match="trained otherwise: seed is 42 there and 3 here"):
+        check_weights_from(replace(CONFIG, weights_from=str(folder), seed=3), CPU)
+    with pytest.raises(UserError, match="x holds no finished run"):
+        check_weights_from(replace(CONFIG, weights_from="x"), CPU)
+
+
+def test_split_and_groups_decide_where_they_are_given(results, data):
+    plain = identity_inputs(results, CONFIG, data, CPU)
+    assert not {"split", "groups"} & plain.keys()
+    groups = {data.pairs.ids[0]: "p"}
+    grouped = identity_inputs(results, replace(CONFIG, groups="g.csv"), data._replace(groups=groups), CPU)
+    split = fingerprint(data.split._asdict())
+    assert grouped == {**plain, "split": split, "groups": fingerprint(groups)}
+    assert identity_inputs(results, replace(CONFIG, split="s.csv"), data, CPU) == {**plain, "split": split}
+
+
+def test_groups_may_differ_where_weights_are_taken(trained, results, data):
+    folder, weights = trained
+    inputs = identity_inputs(results, CONFIG, data, CPU)
+    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
+    config, groups = replace(CONFIG, weights_from=str(folder), groups="g.csv"), {data.pairs.ids[0]: "p"}
+    found = identity_inputs(results, config, data._replace(groups=groups), CPU)
+    assert found == {**inputs, "groups": fingerprint(groups), "weights": weights}  # the split is that of the weights
+
+
+def test_a_long_fingerprint_is_shortened_in_a_message(results, source, data):
+    claim_results(results, replace(CONFIG, split="s.csv"), source, data, ALONE)
+    other = data._replace(split=data.split._replace(test=data.split.test[1:]))
+    with pytest.raises(UserError, match=r"split was '[0-9a-f]{8}\.\.\.' and is now '[0-9a-f]{8}\.\.\.'; choose"):
+        claim_results(results, replace(CONFIG, split="s.csv"), source, other, ALONE)
+
+
+def test_a_run_that_takes_weights_to_other_sets_has_a_folder_of_its_own(tmp_path, source):
+    for name in ("far away/images", "far away/masks"):
+        (tmp_path / name).mkdir(parents=True)
+    config = Config(weights_from="results/isic-quick", test_data=[str(tmp_path / "far away")])
+    assert results_folder(config, source) == Path("results/isic-quick-on-far-away")
+    assert results_folder(replace(config, results="x"), source) == Path("x")
+
+
 # ---------------------------------------------------------------- the counts
 
 
@@ -257,6 +321,14 @@ class Counts:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         return {"bins": np.full(3, self.value)}
+
+
+def test_the_counts_of_other_test_sets_are_saved_under_their_names(results, source, data):
+    run = claim_results(results, CONFIG, source, data, ALONE)
+    write_counts(run, Counts(1), Counts(2), {"far": Counts(3)})
+    with np.load(results / "calibration.npz", allow_pickle=False) as content:
+        assert set(content.files) == {"identity", "validation/bins", "test/bins", "target:far/bins"}
+        assert content["target:far/bins"].tolist() == [3, 3, 3]
 
 
 def test_the_counts_of_both_parts_are_saved_with_the_identity(results, source, data):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from experiment.saved_run import Setting, load_run, read_table, settings
-from runtime.config import IDENTITY_FIELDS
+from runtime.config import IDENTITY_FIELDS, NETWORK_FIELDS, UNET_FIELDS
 from runtime.errors import UserError
 
 
@@ -49,6 +49,17 @@ def test_settings_are_those_that_decide_the_numbers(saved):
     assert found["image_size"] == Setting("image_size", 32, 256)
     assert found["passes"] == Setting("passes", 30, 30)
     assert not found.keys() & {"device", "quiet", "resamples", "synthetic_images"}  # no number depends on them
-    assert list(found) == [name for name in IDENTITY_FIELDS if name != "synthetic_images"]
+    # nor is anything to be said of the networks that the run does not use
+    assert list(found) == [name for name in IDENTITY_FIELDS if name not in ("synthetic_images", *NETWORK_FIELDS)]
     assert settings(run._replace(record={})) == []
     assert settings(run._replace(record={"configuration": {"width": 4, "gone": 1}})) == [Setting("width", 4, 64)]
+
+
+def test_settings_of_a_network_of_the_user_s(saved):
+    run = load_run(saved)
+    configuration = {**run.record["configuration"], "model": "nets:net", "insert_dropout": 0.25}
+    inputs = {"inserted_dropout": ["bottom", "up2"]}
+    found = settings(run._replace(record={**run.record, "configuration": configuration, "decides": inputs}))
+    assert not {setting.name for setting in found} & set(UNET_FIELDS)
+    assert Setting("model", "nets:net", None) in found and Setting("insert_dropout", 0.25, None) in found
+    assert found[-1] == Setting("dropout_inserted_after", "bottom, up2", None)

@@ -103,3 +103,14 @@ def test_both_ways_to_hand_out_masks_agree():
     y = x.clone(memory_format=torch.channels_last)
     drop(y, 0, 0)
     assert torch.equal(source.apply(nn.Dropout(0.5), x), 2 * y)
+
+
+def test_rows_of_several_windows_per_pass_have_masks_of_their_own():
+    source = MaskSource(3)
+    source.start("a", range(2))
+    whole = source.apply(nn.Dropout(0.5), torch.ones(2, 4, 3, 5))
+    source.start("a", range(2))
+    windows = source.apply(nn.Dropout(0.5), torch.ones(8, 3, 5))  # four windows of each pass
+    assert torch.equal(windows, whole.flatten(0, 1))
+    with pytest.raises(ValueError, match=r"dropout on \(5, 3\) in a batch of 2: its first axis is not that of the images"):
+        source.apply(nn.Dropout(0.5), torch.ones(5, 3))

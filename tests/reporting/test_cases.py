@@ -73,9 +73,9 @@ def test_a_colour_bar_names_decades_and_unit():
 
 def test_the_title_shows_what_is_known():
     case = Case("x", image(2), maps_of((2, 2), fused_score=0.25), disc(2, 1), 1.0, 0.5)
-    assert case_title(case) == "x   Dice 1.0000   Jaccard 0.5000   mean uncertainty 0.2500"
+    assert case_title(case) == "x   Dice 1.0000   Jaccard 0.5000   mean fused score 0.2500"
     assert case_title(case._replace(dice=None, jaccard=None, detail="training image")) == (
-        "x   mean uncertainty 0.2500   training image")
+        "x   mean fused score 0.2500   training image")
     assert f"Jaccard {MISSING}" in case_title(case._replace(jaccard=math.nan))
 
 
@@ -105,7 +105,7 @@ def test_a_case_figure_says_id_numbers_units_rule_and_what_the_images_are():
     case = Case("lesion $a_b$", image(4), maps, truth, 12 / 18, 6 / 12, "boundary complexity 2")
     figure = case_figure([case], SCALES, note="seed 7", synthetic=True, data_note="cropped")
     said = texts(figure)
-    assert "lesion $a_b$   Dice 0.6667   Jaccard 0.5000   mean uncertainty 0.2500   boundary complexity 2" in said
+    assert "lesion $a_b$   Dice 0.6667   Jaccard 0.5000   mean fused score 0.2500   boundary complexity 2" in said
     for part in ("seed 7", f"{SYNTHETIC_NOTE}; cropped", "truth", "prediction", "false positive", "false negative",
                  "probability of lesion", "variance of probability", "variance of Grad-CAM"):
         assert part in said

@@ -39,7 +39,8 @@ def test_drawing_returns_the_files_that_it_wrote(run):
 def test_the_verdict_comes_first_then_endpoints_and_controls(run, shown):
     assert [tag for tag, _ in shown.tags if tag in ("h1", "h2", "table", "img")][:4] == ["h1", "table", "table", "h2"]
     assert shown.text.index(run.metrics["verdict"]) < shown.text.index("Endpoints, with margins") < shown.text.index("Controls:")
-    assert [attributes["id"] for attributes in shown.all("h2")] == ["warnings", "figures", "trainings", "procedures", "setup"]
+    assert [attributes["id"] for attributes in shown.all("h2")] == [
+        "warnings", "beside", "figures", "trainings", "procedures", "setup"]
     assert SYNTHETIC_NOTE in shown.text and "Data: tiny discs" in shown.text
     assert "Pooled over 3 trainings" in shown.text and "the same 60 test images" in shown.text
 

@@ -94,7 +94,7 @@ def test_endpoints_and_controls_stand_at_the_top_and_nothing_else_is_judged(run)
 def test_the_sections_stand_in_the_order_of_reading(run):
     shown = page(run)
     assert [attributes["id"] for attributes in shown.all("h2")] == [
-        "warnings", "figures", "cases", "measures", "study", "setup"]
+        "warnings", "beside", "figures", "cases", "measures", "study", "setup"]
     without = {key: value for key, value in run.metrics.items() if key != "study"}
     assert "Beyond the paper" not in page(run._replace(metrics=without)).text
 
@@ -126,8 +126,9 @@ def test_a_report_by_blocks_has_a_row_per_score_measure_and_rule(run):
         "predictive variance", "saliency variance", "fused score"]
     assert [row[6] for row in tables["Foreground calibration error on the test set"].rows] == [
         "", "exploratory", "endpoint, see above"]
-    assert [row[0] for row in tables["The same error after the confidences were recalibrated on validation"].rows] == list(
-        run.metrics["verdict_recalibrated"])
+    recalibrated = tables["The same error after the confidences were recalibrated on validation"]
+    assert [row[0] for row in recalibrated.rows] == ["isotonic", "Platt"]
+    assert list(run.metrics["verdict_recalibrated"]) == ["isotonic", "platt"]
     assert len(tables["Endpoints"].rows) == 6 and len(tables["Controls: is it saliency? Fused score minus each"].rows) == 4
     assert [row[0] for row in tables["Segmentation: mean over images"].rows] == [
         "Dice", "Jaccard", "Jaccard, 0 where below 0.65"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from runtime.errors import UserError
 from runtime.group_layers import RowDropout, with_group_batch_norm, with_row_dropout
 from runtime.processes import ProcessGroup
 
@@ -64,3 +66,72 @@ def test_alone_batch_norm_stays_pytorch_s():
     assert type(model[0]) is nn.BatchNorm2d
     names = list(model.state_dict())
     assert list(with_group_batch_norm(model, ProcessGroup(0, 2, CPU)).state_dict()) == names
+
+
+# ---------------------------------------------------------------- other networks than the U-Net
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d])
+def test_whole_feature_maps_are_dropped_for_the_whole_batch(kind):
+    x = torch.ones(7, 50, *[2] * int(kind.__name__[-2]))
+    (site,) = with_row_dropout(nn.Sequential(kind(0.3)).train())
+    torch.manual_seed(1)
+    whole = site(x)
+    kept = whole.flatten(2).amax(2)
+    torch.testing.assert_close(whole.flatten(2).amin(2), kept)  # all of a map or nothing
+    assert 0.15 < (kept == 0).float().mean() < 0.45
+    torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 1 / 0.7]))
+    torch.manual_seed(1)
+    site.rows, site.total = slice(2, 5), 7
+    torch.testing.assert_close(site(x[2:5]), whole[2:5])
+
+
+def test_rows_of_windows_are_those_of_their_images():
+    x = torch.ones(6 * 4, 3, 5)  # four windows of each of six images
+    (site,) = with_row_dropout(nn.Sequential(nn.Dropout(0.5)).train())
+    torch.manual_seed(1)
+    site.rows, site.total = slice(0, 6), 6
+    whole = site(x)
+    torch.manual_seed(1)
+    site.rows, site.total = slice(2, 4), 6
+    torch.testing.assert_close(site(x[8:16]), whole[8:16])
+    site.rows, site.total = slice(0, 6), 6
+    assert site(torch.ones(7, 3)).shape == (7, 3)  # its first axis is not that of the images
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.BatchNorm1d(3), (4, 3)),
+        (lambda: nn.BatchNorm1d(3), (4, 3, 5)),
+        (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 2)),
+        (lambda: nn.BatchNorm2d(3, affine=False), (4, 3, 2, 2)),
+        (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 2, 2)),
+        (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
+    ],
+)
+def test_other_batch_norms_are_pytorch_s_too(tmp_path, make, shape):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ours, theirs = nn.Sequential(make()), make()
+        with_group_batch_norm(ours, ProcessGroup(0, 2, CPU))
+        for seed in range(3):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + seed
+            torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours[0].state_dict(), theirs.state_dict())
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_statistics_of_another_kind_are_refused_for_several_processes():
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return torch.relu(super().forward(x))
+
+    for module, name in ((Own(3), "Own"), (nn.InstanceNorm2d(3, track_running_stats=True), "InstanceNorm2d")):
+        model = nn.Sequential(nn.Sequential(module))
+        with pytest.raises(UserError, match=f"0.0 is a {name}, whose statistics .*; train with one process"):
+            with_group_batch_norm(model, ProcessGroup(0, 2, CPU))
+        assert with_group_batch_norm(model, ProcessGroup(0, 1, CPU)) is model
+    with_group_batch_norm(nn.Sequential(nn.InstanceNorm2d(3)), ProcessGroup(0, 2, CPU))

@@ -42,10 +42,35 @@ def test_who_waits_says_so_once_and_then_gets_the_folder(tmp_path):
 def test_a_folder_is_made_and_the_name_of_the_holder_taken_out_again(tmp_path):
     with FolderLock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        (tmp_path / "a" / "b" / "work").touch()
     assert (tmp_path / "a" / "b" / ".lock").read_text() == ""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*file.*; choose another"), FolderLock(tmp_path / "file"):
         pass
+
+
+def test_a_folder_that_was_made_in_vain_is_gone_again(tmp_path):
+    with pytest.raises(UserError), FolderLock(tmp_path / "a" / "b"):
+        raise UserError("nothing was written")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "kept").mkdir()
+    with FolderLock(tmp_path / "kept"):
+        pass
+    assert (tmp_path / "kept" / ".lock").exists()  # somebody else's folder
+    (tmp_path / "a").mkdir()
+    with FolderLock(tmp_path / "a" / "b"):
+        pass
+    assert (tmp_path / "a").exists() and not (tmp_path / "a" / "b").exists()
+
+
+def test_who_waits_for_a_folder_that_is_removed_holds_the_new_one(tmp_path):
+    first = FolderLock(tmp_path / "a")
+    first.__enter__()
+    with FolderLock(tmp_path / "a", waiting=lambda line: first.__exit__()):
+        assert (tmp_path / "a" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(UserError, match="in use"), FolderLock(tmp_path / "a"):
+            pass
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
