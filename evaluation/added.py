@@ -28,6 +28,7 @@ from evaluation.arrays import Array
 from evaluation.fusion import Fusion
 from evaluation.joint import variance_cell
 from evaluation.names import PREDICTIVE, SALIENCY
+from evaluation.parallel import in_threads
 from evaluation.ranking import auroc
 
 #: Upper edges of the log-odds of ``max(p, 1 - p)``; beyond the last, one more cell.
@@ -226,11 +227,13 @@ def permutation_null(counts: Array, folds: Array, region: str, permutations: int
         found = cross_fitted_auroc(cells, folds, once, region, ("predictive_variance", "saliency_variance"))
         return float(found["saliency_variance"][0] - found["predictive_variance"][0])
 
-    rng = np.random.default_rng(seed)
+    def gain_of_permutation(number: int) -> float:
+        return gain(permuted(counts, np.random.default_rng([seed, number])))
+
     actual = gain(counts)
     if np.isnan(actual):
         return {"mean": np.nan, "largest": np.nan, "p_value": np.nan, "permutations": 0}
-    gains = np.array([gain(permuted(counts, rng)) for _ in range(permutations)])
+    gains = np.array(in_threads(gain_of_permutation, range(permutations), permutations))
     p_value = (1 + int((gains >= actual).sum())) / (1 + permutations)
     return {"mean": float(gains.mean()), "largest": float(gains.max()), "p_value": p_value, "permutations": permutations}
 

@@ -9,7 +9,7 @@ Shapes: S trainings, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
@@ -220,6 +220,7 @@ def draw(training: TrainingResult, resamples: int, seed: int, groups: Mapping[st
 def conclude(
     trainings: Sequence[TrainingResult], *, resamples: int = 500, seed: int = 42,
     margins: Mapping[str, float] | None = None, permutations: int = PERMUTATIONS, groups: Mapping[str, str] | None = None,
+    report: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """The verdict on what fusing does, from one or more trainings on the same images.
 
@@ -231,6 +232,7 @@ def conclude(
         permutations: of the null of the error models; 0 leaves it out.
         groups: from the id of an image to its group (a patient, a lesion), which is then what is drawn and what shares a
             fold; an image without one stands for itself.
+        report: called with 1 for every training that is resampled.
 
     Returns:
         Plain numbers for JSON: "sentence", "null_result", "notes", "endpoints", "controls", "measures", and how they
@@ -247,7 +249,10 @@ def conclude(
     unknown = set(margins or ()) - set(ENDPOINT_NAMES)
     if unknown:
         raise ValueError(f"there is no endpoint {min(unknown)}; there are {', '.join(ENDPOINT_NAMES)}")
-    drawn = [draw(training, resamples, seed, groups) for training in trainings]
+    drawn = []
+    for training in trainings:
+        drawn.append(draw(training, resamples, seed, groups))
+        report(1)
     images = min(
         len({(groups or {}).get(id, id) for id in split.ids}) for split in (trainings[0].validation, trainings[0].test)
     )

@@ -235,7 +235,8 @@ def resampled_measures(
             names = (*MEASURES, "tuned", *(RECALIBRATED if procedure in recalibrated else ()))
             found = {name: np.full(len(test_weights), np.nan) for name in names}
             work = partial(_measure, training, procedure, variant, fitted, measured, test_weights, offsets, found)
-            in_threads(work, _scales(training.validation, validation_weights))  # each scale has rows of its own
+            scales = list(_scales(training.validation, validation_weights))  # each has rows of its own
+            in_threads(work, scales, len(scales))
             result[procedure] = found
     return result
 

@@ -17,6 +17,7 @@ from evaluation.calibration import region_bins
 from evaluation.counting import Counters
 from evaluation.names import AGGREGATES, BAD_DICE, IN_BAND, REFERENCE, REGIONS
 from evaluation.overlap import overlap_of_outcomes
+from evaluation.parallel import in_threads
 from evaluation.resampling import bootstrap_weights, estimate, units_of
 
 #: What is measured of a ranking, in the order of :func:`rank_statistics`.
@@ -139,7 +140,8 @@ def measure_rankings(
         return found
 
     points = measure(np.ones((1, len(dice))))
-    parts = [measure(weights) for weights in bootstrap_weights(len(dice), resamples, seed, units=units)]
+    drawn = list(bootstrap_weights(len(dice), resamples, seed, units=units))
+    parts = in_threads(measure, drawn, len(drawn))
     return [
         Measured(int(mask.sum()), point[0], np.concatenate(samples))
         for mask, point, samples in zip(known, points, zip(*parts))

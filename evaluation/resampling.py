@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
@@ -124,7 +125,8 @@ def bootstrap(
         }
         return {key: np.asarray(found, dtype=np.float64) for key, found in statistics(summed).items()}
 
-    parts = in_threads(measured, bootstrap_weights(len(next(iter(flat.values()))), resamples, seed, chunk, units))
+    drawn = bootstrap_weights(len(next(iter(flat.values()))), resamples, seed, chunk, units)
+    parts = in_threads(measured, drawn, math.ceil(resamples / chunk))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 

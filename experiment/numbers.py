@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 from evaluation.counting import Counters
 from evaluation.detectors import detector_numbers
 from evaluation.fusion import Fusion
+from evaluation.parallel import watched
 from evaluation.protocol import count_splits
 from evaluation.study import run_study
 from evaluation.summary import per_image, summarise
@@ -19,7 +20,7 @@ from experiment.pooling import conclude_run, read_training
 from experiment.results import write_counts
 from experiment.run import Run
 from experiment.targets import CountedTarget, TargetSet, count_targets, target_numbers
-from runtime.progress import stage
+from runtime.progress import resampling_bar, stage
 
 
 class Numbers(NamedTuple):
@@ -60,7 +61,8 @@ def measure(
 
     def compute() -> Numbers:
         write_counts(run, *counted, {one.target.name: one.counters for one in others})
-        metrics, rows = _numbers_of(run, tuned, counted, validation, test, groups), per_image(counted[1])
+        with watched(resampling_bar):
+            metrics, rows = _numbers_of(run, tuned, counted, validation, test, groups), per_image(counted[1])
         for part, count in fallbacks.items():
             metrics[part]["precision_fallbacks"] = count
         metrics["warnings"] = warnings_of(metrics, rows, config.passes, ranges)

@@ -29,6 +29,7 @@ from runtime.config import Config
 from runtime.errors import UserError, one_line
 from runtime.files import remove_partials
 from runtime.lock import FolderLock
+from runtime.progress import progress_bar
 from runtime.records import fingerprint, read_json, read_sealed, seal, write_json
 
 POOLED = Path("results/pooled")
@@ -74,10 +75,11 @@ def conclude_trainings(
         See :func:`evaluation.conclusion.conclude`.
     """
     in_order = sorted(trainings, key=lambda training: training.seed)
-    return conclude(
-        in_order, resamples=min(resamples, RESAMPLES), seed=in_order[0].seed,
-        margins={**DEFAULT_MARGINS, **(margins or {})}, permutations=permutations, groups=groups,
-    )
+    with progress_bar("concluding", len(in_order), "training", delay=1.0, leave=False) as bar:
+        return conclude(
+            in_order, resamples=min(resamples, RESAMPLES), seed=in_order[0].seed, report=bar.update,
+            margins={**DEFAULT_MARGINS, **(margins or {})}, permutations=permutations, groups=groups,
+        )
 
 
 def conclude_run(

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TextIO, TypeVar
+from typing import Any, Callable, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -75,6 +75,17 @@ def with_progress(items: Iterable[T], description: str, total: int, unit: str) -
         for item in items:
             yield item
             bar.update(1)
+
+
+def resampling_bar(total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """A progress bar for pieces of resampling, shown where they take more than two seconds and gone when they are done."""
+    return _updates(progress_bar("resampling", total, "piece", delay=2.0, leave=False))
+
+
+@contextmanager
+def _updates(bar: tqdm[Any]) -> Iterator[Callable[[int], object]]:
+    with bar:
+        yield bar.update
 
 
 def stage(name: str, made: str) -> None:

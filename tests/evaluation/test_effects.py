@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -209,3 +211,18 @@ def test_threads_change_no_number(study, monkeypatch):
     for procedure, found in results[0].items():
         for name, values in found.items():
             np.testing.assert_array_equal(values, results[1][procedure][name])
+
+
+def test_work_in_threads_can_be_watched():
+    told = []
+
+    @contextmanager
+    def watch(total):
+        told.append(total)
+        yield told.append
+
+    with parallel.watched(watch):
+        assert parallel.in_threads(lambda value: value**2, range(4), total=4) == [0, 1, 4, 9]
+    assert told == [4, 1, 1, 1, 1]
+    parallel.in_threads(abs, [-1], total=1)
+    assert len(told) == 5  # nobody watches outside

@@ -39,6 +39,7 @@ def asked(monkeypatch):
     calls = []
 
     def conclude(trainings, **options):
+        options.pop("report")(len(trainings))
         calls.append((trainings, options))
         return conclusion_of([training.seed for training in trainings], options["margins"])
 
