@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from runtime.errors import UserError, one_line
 # Of the suffixes that pairs are looked for with; Pillow knows other formats, some of which start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 2**26  # twice the largest dermoscopic photograph; a file of a few bytes may declare any number
+MAX_BYTES = 2**31  # more than that many pixels take in any format, uncompressed
 MIN_SIDE, MAX_ASPECT = 4, 100  # what is smaller or longer shows no lesion
 
 
@@ -27,11 +29,16 @@ def _open(path: Path) -> Image.Image:
     """Open an image file without decoding it; refuse what no picture is."""
     if not path.is_file():
         raise UserError(f"{path} is not a readable file; restore it or remove its pair", path)
-    if path.stat().st_size == 0:
+    length = path.stat().st_size
+    if length == 0:
         raise UserError(f"{path} is empty (0 bytes); restore it or remove its pair", path)
+    if length > MAX_BYTES:
+        raise UserError(f"{path} is too large to be a photograph ({length} bytes; at most {MAX_BYTES}); remove its pair", path)
+    # from memory: of a file, Pillow asks for as many bytes as a chunk claims to have, and gets that much memory
+    content = io.BytesIO(path.read_bytes())
     with _opening, warnings.catch_warnings():  # filters of warnings belong to the process, not to the thread
         warnings.simplefilter("ignore")  # too many pixels are an error here, whatever Pillow calls them
-        image = Image.open(path, formats=IMAGE_FORMATS)
+        image = Image.open(content, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise Image.DecompressionBombError(f"{image.width} x {image.height}")

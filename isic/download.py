@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import http.client
-import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -15,7 +14,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 from isic.layout import ISIC_IMAGES, ISIC_MASKS
 from runtime.errors import UserError, one_line
-from runtime.files import check_space
+from runtime.files import check_space, disk, make_folder, publish, remove, remove_tree
 from runtime.lock import FolderLock
 from runtime.progress import progress_bar
 
@@ -55,7 +54,7 @@ def _fetch(url: str, path: Path) -> None:
     if check_integrity(str(path)):
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         done = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
         try:
@@ -63,21 +62,23 @@ def _fetch(url: str, path: Path) -> None:
         except urllib.error.HTTPError as error:
             if error.code != 416:  # the part is already all there is
                 raise
-            part.replace(path)
+            publish(part, path)
             return
         with response:
             resumed = response.status == 206
             start = done if resumed else 0  # a server without ranges sends it all again
             total = start + int(response.headers.get("Content-Length", 0))
-            with open(part, "ab" if resumed else "wb") as stream, progress_bar(
+            with disk.open(part) as stream, progress_bar(
                 path.name, total or None, "B", initial=start, unit_scale=True
             ) as bar:
+                disk.truncate(stream, start)
                 for block in iter(lambda: response.read(1 << 20), b""):
-                    stream.write(block)
+                    disk.write_at(stream, start, block)
+                    start += len(block)
                     bar.update(len(block))
         if total and part.stat().st_size != total:
             raise UserError(f"the download of {url} stopped early; run the same command again to continue it")
-        part.replace(path)
+        publish(part, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {url} ({one_line(error)}); run the same command again to continue, "
@@ -102,14 +103,14 @@ def _unpack(archive: Path, root: Path, folder: str) -> None:
                 )
             check_space(root, size, "make room")
         staging = root / f".{folder}.partial"
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         extract_archive(str(archive), str(staging))  # checks every member's CRC as it reads
         inner = staging / folder
         if not inner.is_dir():
             raise UserError(f"{archive} does not hold the folder {folder}; delete it and download again")
-        inner.rename(root / folder)
-        shutil.rmtree(staging, ignore_errors=True)
-        archive.unlink()
+        publish(inner, root / folder)
+        remove_tree(staging)
+        remove(archive)
     except UserError:
         raise
     except Exception as error:  # a damaged archive may be encrypted, packed in an unknown way, or anything else

@@ -14,6 +14,8 @@ ISIC_IMAGES = "ISIC2018_Task1-2_Training_Input"
 ISIC_MASKS = "ISIC2018_Task1_Training_GroundTruth"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SYNTHETIC_MARKER = "SYNTHETIC.txt"  # lies in a folder of made-up images
+#: Bytes of an id at most: file systems take 255, and its maps are called ``<id>.npz``.
+LONGEST_ID = 251
 MASK_ENDINGS = ("_segmentation", "_lesion", "_mask")
 
 
@@ -125,6 +127,8 @@ def _mask_of(stem: str, files: list[Path], candidates: dict[str, list[Path]], ma
     if not stem.isprintable() or "\\" in stem:
         # such a name can neither be printed nor be the name of a map everywhere
         raise UserError(f"{image} has a line break, a backslash or bytes that are no text in its name; rename it", image)
+    if len(os.fsencode(stem)) > LONGEST_ID:
+        raise UserError(f"the name of {image} is too long for a file of its maps; rename it to {LONGEST_ID} bytes at most", image)
     if len(files) > 1:
         raise UserError(f"{image} and {files[1].name} have the same stem; keep one", image)
     names = [stem + ending for ending in endings if stem + ending in candidates]

@@ -11,6 +11,7 @@ from isic.layout import folders_of_set, is_synthetic, isic_folders
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.progress import progress_bar, say
+from runtime.reading import real_path
 
 DATA = Path("data")
 SYNTHETIC_BANNER = """\
@@ -63,9 +64,24 @@ def find_source(config: Config) -> Source:
         download_isic(DATA / "ISIC2018")
     if config.images is not None:
         images, masks = Path(config.images), Path(config.masks or "")
-        return Source(images.resolve().name.lower(), images, masks, is_synthetic(images.resolve().parent))
+        check_names(images, masks)
+        return Source(real_path(images).name.lower(), images, masks, is_synthetic(real_path(images).parent))
     root = Path(config.data or DATA / "ISIC2018")
-    return Source(root.resolve().name.lower(), *isic_folders(root), is_synthetic(root))
+    check_names(root)
+    return Source(real_path(root).name.lower(), *isic_folders(root), is_synthetic(root))
+
+
+def check_names(*folders: Path) -> None:
+    """Refuse folders whose full path is no text; ``config.json`` names them.
+
+    Raises:
+        UserError: names the folder, with the bytes escaped.
+    """
+    for folder in folders:
+        try:
+            str(real_path(folder)).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the full path of {folder}, {real_path(folder)}, holds bytes that are no text; rename it") from None
 
 
 # ---------------------------------------------------------------- other test sets
@@ -95,13 +111,14 @@ def find_targets(config: Config) -> list[TargetFolders]:
         for flag, folder in (("--test-images", images), ("--test-masks", masks)):
             if not folder.is_dir():
                 raise UserError(f"{flag} {folder} is no folder; give the folder of a test set's {flag[7:]}")
-        root = images.resolve()
+        root = real_path(images)
         found.append((root.parent if root.name.lower() in ("images", "img", "imgs") else root, images, masks))
-    places = [(images.resolve(), masks.resolve()) for _, images, masks in found]
+    places = [(real_path(images), real_path(masks)) for _, images, masks in found]
     for place, folders in enumerate(places):
         if folders in places[:place]:
             raise UserError(f"the test set {found[place][1]} is named twice; name each once")
-    names = distinct_names(root.resolve().name for root, _, _ in found)
+    check_names(*(folder for place in places for folder in place))
+    names = distinct_names(real_path(root).name for root, _, _ in found)
     return [TargetFolders(name, images, masks) for name, (_, images, masks) in zip(names, found)]
 
 

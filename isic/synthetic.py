@@ -16,7 +16,7 @@ from isic.layout import ISIC_IMAGES, ISIC_MASKS, is_synthetic
 from isic.layout import SYNTHETIC_MARKER as MARKER
 from isic.lesions import Lesion, render_lesion
 from runtime.errors import UserError
-from runtime.files import atomic_write, remove_partials
+from runtime.files import atomic_write, remove, remove_partials
 from runtime.signals import block_sigint_in_children, end_with_parent
 
 __all__ = ["MARKER", "VERSION", "Lesion", "is_synthetic", "render_lesion", "write_synthetic_dataset"]
@@ -53,9 +53,7 @@ def prepare(root: Path, seed: int) -> None:
     text = f"Made-up skin lesions, drawn by a program and not photographed. Version {VERSION}, seed {seed}.\n".encode()
     if marker.is_file() and marker.read_bytes() == text:
         return
-    for folder in folders:
-        for old in folder.glob(f"ISIC_{FIRST_NUMBER // 10**6}??????*"):
-            old.unlink()
+    remove(*(old for folder in folders for old in folder.glob(f"ISIC_{FIRST_NUMBER // 10**6}??????*")))
     with atomic_write(marker) as stream:
         stream.write(text)
 

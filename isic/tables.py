@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from runtime.errors import UserError
 from runtime.progress import complain
+from runtime.reading import check_regular
 
 #: What a part may be called, and what it is called here.
 PART_NAMES: Mapping[str, str] = MappingProxyType({
@@ -67,6 +68,7 @@ def read_parts(path: Path) -> dict[str, str]:
 def _read_column(path: Path, flag: str, column: str) -> dict[str, str]:
     """The values of a column by the column "id"."""
     try:
+        check_regular(path)
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             names = [(name or "").strip().lower() for name in reader.fieldnames or ()]

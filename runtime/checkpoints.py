@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -16,9 +17,62 @@ from torch import Tensor, nn
 
 from runtime.errors import UserError, one_line
 from runtime.files import atomic_write
-from runtime.records import check_stored
+from runtime.schemas import (
+    CHECKSUM,
+    Check,
+    Mismatch,
+    anything,
+    flag,
+    list_of,
+    mapping_of,
+    nullable,
+    number,
+    record,
+    text,
+    whole,
+)
+from runtime.tensor_files import read_tensors
 
 N = TypeVar("N", bound=nn.Module)
+
+
+# ---------------------------------------------------------------- what a checkpoint may hold
+
+
+def _state(value: Any, place: str) -> None:
+    """A state dictionary: tensors by name, and what is noted of modules by their names."""
+    mapping_of(_tensor)(value, place)
+    mapping_of(mapping_of(anything))(getattr(value, "_metadata", {}), f"{place}._metadata")
+
+
+def _tensor(value: Any, place: str) -> None:
+    if not isinstance(value, Tensor):
+        raise Mismatch(f"{place} is a {type(value).__name__} and not a tensor")
+
+
+def _option(value: Any, place: str) -> None:
+    if not isinstance(value, str):
+        (flag if isinstance(value, bool) else number())(value, place)
+
+
+_WEIGHTS: dict[str, Check] = {"model": _state, "options": mapping_of(_option)}
+#: A file of weights, with the epoch that they are of.
+CHECKPOINT = record(
+    _WEIGHTS, {"identity": text(), "epoch": whole(0), "validation_dice": number(-1, 1), "checksum": text(CHECKSUM)}
+)
+#: How far a training has come; see :class:`train.Progress`.
+PROGRESS = record({
+    "epoch": whole(0), "best_dice": number(-1, 1), "best_epoch": whole(0), "best_weights": text(),
+    "epochs_without_improvement": whole(0), "log": list_of(mapping_of(nullable(number()))),
+}, others=False)
+#: All that the next epoch of a training needs. What the optimiser may hold, :func:`check_resumable` says.
+TRAINING_STATE = record({
+    **_WEIGHTS, "identity": text(), "progress": PROGRESS, "scaler": mapping_of(number()),
+    "optimizer": record({"state": anything, "param_groups": list_of(record({"params": list_of(whole(0), unique=True)}))}),
+}, {"checksum": text(CHECKSUM)})
+
+
+# ---------------------------------------------------------------- writing and reading
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -60,35 +114,107 @@ def _digest(digest: Any, content: Any) -> None:
         digest.update(f"{type(content).__name__} {content!r};".encode())
 
 
-def load_checkpoint(path: Path, sealed: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, sealed: bool = False, schema: Check = CHECKPOINT) -> dict[str, Any]:
     """Read a checkpoint without running any code it may contain.
 
     Args:
         path: the file.
         sealed: whether it must carry the checksum that :func:`save_checkpoint`
             adds; a checksum that is there must always be right.
+        schema: what it may hold.
 
     Raises:
         UserError: it is missing, damaged, holds more than weights, or was
             changed since it was written.
     """
     try:
-        check_stored(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
+        schema(content, "the file")
+        checksum = content.pop("checksum", None)
+        found = content_checksum(content)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}; run main.py first") from error
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} as a checkpoint ({error}); delete it and run again") from error
-    except Exception as error:  # the restricted unpickler raises almost anything on foreign bytes
+    except Mismatch as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}; delete it and run again") from error
+    except Exception as error:  # an unpickler raises almost anything on foreign bytes
         raise UserError(
-            f"{path} is not a checkpoint of this program ({type(error).__name__}); delete it and run again"
+            f"{path} is not a checkpoint of this program ({type(error).__name__}: {one_line(error)}); delete it and run again"
         ) from error
-    if not isinstance(content, dict) or not {"model", "options"} <= content.keys():
-        raise UserError(f"{path} lacks the model or its options; delete it and run again")
-    checksum = content.pop("checksum", None)
-    if checksum is None and sealed or checksum not in (None, content_checksum(content)):
+    if checksum is None and sealed or checksum not in (None, found):
         raise UserError(f"{path} was changed after a run wrote it; put the original back, or delete it and run again")
     return content
+
+
+def load_training_state(path: Path) -> dict[str, Any]:
+    """Read the state of a training, which must be sealed and make sense by itself; errors as of :func:`load_checkpoint`."""
+    state = load_checkpoint(path, sealed=True, schema=TRAINING_STATE)
+    progress = state["progress"]
+    counts = (progress["best_epoch"], progress["epochs_without_improvement"])
+    if len(progress["log"]) != progress["epoch"] or max(counts) > progress["epoch"]:
+        raise UserError(f"{path}: the log does not have a row for each epoch; delete it and run again")
+    return state
+
+
+def check_resumable(
+    state: Mapping[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Mapping[str, Any]
+) -> None:
+    """Refuse the state of a training that this network and this optimiser cannot go on from.
+
+    Args:
+        state: of the training.
+        path: its file.
+        model, optimizer: as they are set up.
+        scaler: the state of the gradient scaler that was set up.
+
+    Raises:
+        UserError: says what does not fit.
+    """
+    try:
+        weights = model.state_dict()
+        wrong = misfit(state["model"], weights, types=True) or not_finite(state["model"])
+        if wrong is not None:
+            raise Mismatch(wrong)
+        if state["scaler"].keys() != scaler.keys():
+            raise Mismatch("the scaler is another one")
+        groups = zip(state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+        if len(state["optimizer"]["param_groups"]) != len(optimizer.param_groups):
+            raise Mismatch("the optimiser has other groups")
+        for found, own in groups:
+            number(0, math.inf)(found.get("lr"), "the learning rate")
+            changed = [key for key in own if key != "lr" and key in found and not _same(found[key], own[key])]
+            if changed:
+                raise Mismatch(f"the optimiser has another {changed[0]}")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        numbers = [place for group in state["optimizer"]["param_groups"] for place in group["params"]]
+        _check_moments(state["optimizer"]["state"], dict(zip(numbers, parameters)))
+    except Mismatch as error:
+        raise UserError(f"{path} does not fit the training that it is of ({error}); delete it and run again") from error
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings of an optimiser are equal; lists and tuples may stand for each other."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(one) == list(other)
+    return not isinstance(one, Tensor) and bool(one == other)
+
+
+def _check_moments(state: Any, parameters: Mapping[int, Tensor]) -> None:
+    """What Adam remembers of each parameter: its steps, and two tensors of the parameter's shape."""
+    if not isinstance(state, Mapping) or not state.keys() <= parameters.keys():
+        raise Mismatch("the optimiser has a state of other parameters")
+    for place, moments in state.items():
+        of = f"the optimiser's state of parameter {place}"
+        record(dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), _tensor), others=False)(moments, of)
+        parameter = parameters[place]
+        expected = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter)
+        wrong = misfit({name: moments[name] for name in expected}, expected, types=True) or not_finite(moments)
+        if wrong is not None or moments["step"].shape != () or moments["step"].dtype != torch.float32:
+            raise Mismatch(f"{of}: {wrong or 'step is no number'}")
+
+
+# ---------------------------------------------------------------- networks
 
 
 def load_model(path: Path, build: Callable[..., N], device: torch.device) -> N:
@@ -126,7 +252,7 @@ def rebuilt(content: Mapping[str, Any], path: Path, build: Callable[..., N], dev
             raise ValueError(wrong)
         model = build(**options) if options else model
         model.load_state_dict(state)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the model it describes ({one_line(error)}); delete it and run again") from error
     broken = not_finite(model.state_dict())
     if broken is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -79,8 +80,8 @@ class Config:
     cache: str | None = _setting(None, "folder for the decoded-image cache [data/cache]", "data")
     data_note: str | None = _setting(None, "what a reader must know about the images ('centre-cropped'), for every figure and the report", "data")
     image_size: int = _option(256, "height and width in pixels after resizing; a multiple of 16", "data", int, low=32, high=4096)
-    test_fraction: float = _option(0.2, "share of all images that is the test set", "data", float, above=0, below=1)
-    validation_fraction: float = _option(0.125, "share of the rest that is the validation set", "data", float, above=0, below=1)
+    test_fraction: float = _option(0.2, "share of all images that is the test set, rounded up to whole images", "data", float, low=1e-6, below=1)
+    validation_fraction: float = _option(0.125, "share of the rest that is the validation set, rounded up to whole images", "data", float, low=1e-6, below=1)
     split_seed: int = _option(42, "seed of the split", "data", int, low=0, high=2**32 - 1)
     synthetic_images: int = _option(320, "how many synthetic lesions, where those are used", "data", int, low=8, high=100_000)
 
@@ -92,12 +93,12 @@ class Config:
     model_weights: str | None = _setting(None, "with --model: file of a state dictionary; the network is evaluated as it is instead of trained", "model", metavar="FILE")
     upsampling: str = _option("bilinear", "how the decoder upsamples", "model", choices=UPSAMPLINGS)
 
-    epochs: int = _option(50, "most epochs to train", "training", int, low=1)
-    patience: int = _option(10, "stop after this many epochs without a better validation Dice", "training", int, low=1)
-    batch_size: int = _option(16, "images per training step", "training", int, low=2)
-    lr: float = _option(1e-4, "learning rate of Adam", "training", float, above=0)
+    epochs: int = _option(50, "most epochs to train", "training", int, low=1, high=10**6)
+    patience: int = _option(10, "stop after this many epochs without a better validation Dice", "training", int, low=1, high=10**6)
+    batch_size: int = _option(16, "images per training step", "training", int, low=2, high=10**6)
+    lr: float = _option(1e-4, "learning rate of Adam", "training", float, above=0, high=1e30)
     schedule: str = _option("constant", "learning-rate schedule", "training", choices=("constant", "cosine"))
-    warmup: float = _option(0.0, "epochs of linear warm-up of the learning rate", "training", float, low=0)
+    warmup: float = _option(0.0, "epochs of linear warm-up of the learning rate", "training", float, low=0, high=1e6)
     clip: float = _option(0.0, "largest norm of the gradient; 0 does not clip", "training", float, low=0)
     amp: str = _option("auto", "precision of training; auto: bf16 where it is native", "training", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = _option(False, "compile the network for training (torch.compile)", "training", bool)
@@ -105,7 +106,7 @@ class Config:
     weights_from: str | None = _setting(None, "results folder of a finished run, or of finished --trainings, whose weights to take instead of training", "training")
     workers: int = _setting(-1, "data-loading processes; -1 chooses by device", "training", int, low=-1, high=256)
 
-    passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2)
+    passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2, high=10**6)
     target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs: encoder4 or bottleneck of the U-Net, the path of a module with --model", "uncertainty", metavar="LAYER")
     precision: str = _after("auto", "precision of the maps; auto: fp32", "uncertainty", choices=PRECISIONS)
     cam_scale: str = _after("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
@@ -114,7 +115,7 @@ class Config:
     threshold: float = _option(0.5, "predicted lesion where the mean prediction exceeds this", "calibration", float, above=0, below=1)
     bins: int = _after(15, "equal-width confidence bins", "calibration", int, low=1, high=10_000)
     lambda_steps: int = _after(10, "lambda is chosen from k / STEPS, k = 0 to STEPS", "calibration", int, low=1, high=1000)
-    resamples: int = _setting(10_000, "bootstrap resamples of the images", "calibration", int, low=100)
+    resamples: int = _setting(10_000, "bootstrap resamples of the images", "calibration", int, low=100, high=10**8)
     study: bool = _setting(False, "also compare all fusion rules and normalisations, and ask what saliency adds", "calibration", bool)
     margin: dict[str, float] | None = _setting(None, "equivalence margin of an endpoint of the conclusion, such as brier=0.001; may be repeated", "calibration", _margin, action="append", metavar="NAME=VALUE")
 
@@ -128,6 +129,7 @@ class Config:
     quiet: bool = _setting(False, "no progress bars and no line per stage: only the result, warnings and errors", "run", bool)
     json: bool = _setting(False, "print the content of metrics.json to standard output, and everything else to standard error", "run", bool)
     device: str = _setting("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps", "run")
+    verify: bool = _setting(False, "check all that the finished run in the results folder left, and came from, and change nothing; --results is enough", "run", bool)
     quick: bool = _setting(False, "CPU-sized preset: 128 pixels, width 16, 20 epochs, cosine from 1e-3; flags given beside it win", "run", bool)
     # fmt: on
 
@@ -197,11 +199,11 @@ class Config:
 
 
 #: The flags that say something where finished runs are pooled.
-POOL_FLAGS = ("pool", "results", "margin", "resamples", "ensemble", "quiet", "json")
+POOL_FLAGS = ("pool", "results", "margin", "resamples", "ensemble", "quiet", "json", "verify")
 #: The flags that say something where maps are judged that something else made.
 MAPS_FLAGS = (
     "maps", "scores", "groups", "data_note", "threshold", "bins", "lambda_steps", "resamples", "study", "margin", "results",
-    "seed", "fresh", "quiet", "json", "device",
+    "seed", "fresh", "quiet", "json", "device", "verify",
 )
 #: The fields about the U-Net of this program, and those about a network of the user's.
 UNET_FIELDS, NETWORK_FIELDS = ("width", "dropout", "upsampling"), ("model", "output", "insert_dropout", "model_weights")
@@ -220,12 +222,54 @@ def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_text(flag: str, value: str) -> None:
+    """Refuse what no file can be called and no JSON can hold: nothing at all, NUL, and bytes that are no text.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if not value:
+        raise UserError(f"{flag} is empty; give it a value, or leave it out")
+    if "\0" in value:
+        raise UserError(f"{flag} {value!r} holds a NUL byte; give another name")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # how Python stands in for bytes that are no UTF-8
+        raise UserError(f"{flag} {value!r} holds bytes that are no text; rename it") from None
+
+
+def _check_texts(flag: str, value: Any) -> None:
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        if isinstance(text, str):
+            check_text(flag, text)
+
+
+def output_file(text: str) -> Path:
+    """The picture that ``--output`` names.
+
+    Raises:
+        UserError: it is no name of a file.
+
+    Example:
+        >>> output_file("figures/")
+        Traceback (most recent call last):
+        runtime.errors.UserError: --output figures/ is a folder; give a file in it, such as figures/case.png
+    """
+    check_text("--output", text)
+    name = os.path.basename(text)
+    if name in ("", ".", "..") or os.path.isdir(text):
+        raise UserError(f"--output {text} is a folder; give a file in it, such as {os.path.join(text, 'case.png')}")
+    return Path(text)
+
+
 def _check(item: Field[Any], value: Any) -> None:
     limits, flag = item.metadata, _flag_name(item.name)
     if value is None:
         return
     if "choices" in limits and value not in limits["choices"]:
         raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if value:  # a run of an earlier version may have an empty one
+        _check_texts(flag, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag} must be a finite number, not {value}")
     for key, words, fine in (
@@ -291,6 +335,8 @@ def parse_config(
     idle = [_flag_name(name) for name in UNET_FIELDS if name in given]
     if "model" in given and idle:
         raise UserError(f"{', '.join(idle)} would change the U-Net; with --model leave it out, and let the factory decide")
+    for name, value in given.items():  # before any of them is looked for
+        _check_texts(_flag_name(name), value)
     if callable(preset):
         preset = preset(given)
     if preset is None:

@@ -26,6 +26,8 @@ def resolve_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if device.type != "cuda" and device.index:  # PyTorch takes any number for the one CPU
+        raise UserError(f"--device {name}: there is one {device.type} device; give --device {device.type}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is available here; use --device auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

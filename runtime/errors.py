@@ -19,6 +19,10 @@ class UserError(Exception):
         self.file = file
 
 
+class SharedError(UserError):
+    """One that every process of a group raises together, so that it need not be told to the others."""
+
+
 def printable(text: str) -> str:
     """The text on one line, with everything escaped that a terminal would act on or cannot show."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.errors import UserError
+from runtime.files import disk, make_folder
 
 
 class FolderLock:
@@ -51,12 +52,12 @@ class FolderLock:
     def _take(self) -> bool:
         """Open the file and lock it; whether that is still the file of this name."""
         self.made += [folder for folder in self.path.parents if not folder.exists() and folder not in self.made]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is held
+        make_folder(self.path.parent)
+        self.stream = disk.open(self.path)  # as long as it is held
         try:
             self._acquire()
-            self.stream.truncate(0)
-            self.stream.write(f"process {os.getpid()} on {platform.node()}".encode())
+            disk.truncate(self.stream, 0)
+            disk.write_at(self.stream, 0, f"process {os.getpid()} on {platform.node()}".encode())
         except OSError as error:
             self.stream.close()
             raise UserError(f"cannot lock {self.path.parent}: {error.strerror or error}; {self.remedy}") from error
@@ -87,13 +88,13 @@ class FolderLock:
         if self.stream.closed:
             return
         with suppress(OSError):  # the name of a holder that is gone does no harm
-            self.stream.truncate(0)
+            disk.truncate(self.stream, 0)
         # else the file stays; whoever waits for a file that is removed notices, and opens the one that took its name
         with suppress(OSError):
             if self.made and os.listdir(self.path.parent) == [self.path.name]:
-                self.path.unlink()
+                disk.unlink(self.path)
                 for folder in self.made:
-                    folder.rmdir()
+                    disk.remove_folder(folder)
         self.stream.close()
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.devices import resolve_device
-from runtime.errors import UserError
+from runtime.errors import SharedError, UserError
+from runtime.watch import watch_from_environment
 
 T = TypeVar("T")
 
@@ -57,8 +58,27 @@ class ProcessGroup(NamedTuple):
         dist.broadcast_object_list(box, src=0)
         result, complaint = box[0]
         if complaint is not None:
-            raise UserError(complaint)
+            raise SharedError(complaint)
         return result  # type: ignore[no-any-return]
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do ``work`` in every process and give all results (picklable) to all.
+
+        Raises:
+            UserError: in every process, when one raises it; the line names the first that does.
+        """
+        if self.world_size == 1:
+            return [work()]
+        found: tuple[T | None, str | None]
+        try:
+            found = work(), None
+        except UserError as error:
+            found = None, str(error)
+        every = self.gathered(found)
+        for rank, (_, complaint) in enumerate(every):
+            if complaint is not None:
+                raise SharedError(f"process {rank}: {complaint}")
+        return [result for result, _ in every]  # type: ignore[misc]
 
     def gathered(self, part: T) -> list[T]:
         """The parts of all processes, in the order of their ranks, in every process."""
@@ -84,7 +104,7 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
     """Join the group that ``torchrun`` describes in the environment; without one, be alone.
 
     NCCL on CUDA devices, one for each process; gloo otherwise. The group is left
-    again on leaving.
+    again on leaving. What ends one process meanwhile ends all: see :mod:`runtime.watch`.
 
     Args:
         device: as for ``--device``; where it stands for a CUDA device, whichever,
@@ -98,6 +118,21 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield ProcessGroup(0, 1, resolve_device(device))
         return
+    with watch_from_environment() as watch:
+        chosen = _own_device(device)
+        # the long time-out lets the others wait while the main process decodes or evaluates
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", store=watch.store,
+            rank=watch.rank, world_size=watch.world_size, timeout=timedelta(hours=6),
+        )
+        try:
+            yield ProcessGroup(dist.get_rank(), dist.get_world_size(), chosen)
+        finally:
+            dist.destroy_process_group()
+
+
+def _own_device(device: str) -> torch.device:
+    """The device of this process of a group; errors as of :func:`process_group`."""
     chosen = resolve_device(device)
     if chosen.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
         raise UserError("several processes cannot share Metal; start one, or give --device cpu")
@@ -110,9 +145,4 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
             )
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    # the long time-out lets the others wait while the main process decodes or evaluates
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    try:
-        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        dist.destroy_process_group()
+    return chosen

@@ -17,6 +17,8 @@ from typing import Any, Callable, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from runtime.resources import naming_shortage
+
 T = TypeVar("T")
 
 
@@ -54,19 +56,27 @@ def console(quiet: bool = False, as_json: bool = False) -> Iterator[Console]:
     settings = Console(quiet, sys.stdout if as_json else None)
     token = _console.set(settings)
     try:
-        if as_json:
-            with redirect_stdout(sys.stderr):
+        # what is short in a stage that does not name itself
+        with naming_shortage("this command", "lower --batch-size, --image-size or --resamples, or close other programs"):
+            if as_json:
+                with redirect_stdout(sys.stderr):
+                    yield settings
+            else:
                 yield settings
-        else:
-            yield settings
     finally:
         _console.reset(token)
+
+
+class _Bar(tqdm):
+    """A bar that a stop may hit while it is made: then Python deletes what has not got all attributes yet."""
+
+    pos, start_t = 0, 0.0
 
 
 def progress_bar(description: str, total: int | None, unit: str, **options: Any) -> tqdm[Any]:
     """A progress bar on standard error, in the main process only, and absent where the console is quiet."""
     disable = current_console().quiet or not is_main_process()
-    return tqdm(desc=description, total=total, unit=unit, smoothing=0.05, disable=disable, **options)
+    return _Bar(desc=description, total=total, unit=unit, smoothing=0.05, disable=disable, **options)
 
 
 def with_progress(items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ import numpy as np
 
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.reading import check_regular
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -34,10 +36,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
+        raise ValueError(f"{name:.40} is no JSON number")
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            refuse(text)
+        return float(text)
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        check_regular(path)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse, parse_float=finite)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -57,14 +65,23 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "checksum": fingerprint({k: v for k, v in content.items() if k not in WALL_CLOCK})}
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether what was read is what :func:`seal` completed."""
+    return content.get("checksum") == seal({k: v for k, v in content.items() if k != "checksum"})["checksum"]
+
+
+def read_sealed(path: Path, needed: bool = True) -> dict[str, Any]:
     """Read a JSON object that :func:`seal` completed.
+
+    Args:
+        path: the file.
+        needed: whether it must carry a checksum; one that is there must always be right.
 
     Raises:
         UserError: see :func:`read_json`, or the content was changed since.
     """
     content = read_json(path)
-    if content.get("checksum") != seal({k: v for k, v in content.items() if k != "checksum"})["checksum"]:
+    if ("checksum" in content or needed) and not is_sealed(content):
         raise UserError(f"{path} was changed after the run wrote it; delete it and run main.py again")
     return content
 
@@ -103,6 +120,7 @@ def check_stored(path: Path) -> None:
         ValueError: a member is compressed, or the sizes do not add up.
         OSError, zipfile.BadZipFile: it cannot be read, or is no zip file.
     """
+    check_regular(path)
     with zipfile.ZipFile(path) as content:
         members = content.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from isic.cache import decode_pairs
 from isic.decoding import decode_pair
 from isic.layout import SkippedPair, find_pairs, isic_folders
 from runtime.errors import UserError
+from runtime.records import read_json, write_json
 
 
 def _calls(monkeypatch) -> list[str]:
@@ -52,12 +55,13 @@ def test_each_pair_is_decoded_once_and_a_changed_one_again(tmp_path, monkeypatch
     assert fewer.fingerprint() != changed.fingerprint()
 
 
-def test_a_process_that_is_started_afresh_maps_the_cache_itself(tiny, tmp_path):
+def test_a_process_that_is_started_afresh_opens_the_cache_itself(tiny, tmp_path):
     pairs = decode_pairs(find_pairs(*isic_folders(tiny)), 32, tmp_path)
     sent = pickle.dumps(pairs)
-    assert len(sent) < pairs.records.nbytes / 4
+    assert len(sent) < pairs.records.path.stat().st_size / 4
     received = pickle.loads(sent)
-    assert isinstance(received.records, np.memmap) and np.array_equal(received.records, pairs.records)
+    for id in pairs.ids:
+        assert received.records.read(received.slots[id]) == pairs.records.read(pairs.slots[id])
 
 
 def test_an_interrupted_decoding_goes_on(tmp_path, monkeypatch):
@@ -82,12 +86,12 @@ def test_a_second_call_checks_each_record_exactly_once(tmp_path, monkeypatch):
     counting = SimpleNamespace(crc32=lambda data: (checked.append(bytes(data)), zlib.crc32(data))[1])
     monkeypatch.setattr(isic.cache, "zlib", counting)  # not the module itself: Pillow uses it too
     again = decode_pairs(pairs, 32, tmp_path / "cache")
-    assert sorted(checked) == sorted(first.records[first.slots[pair.id]].tobytes() for pair in pairs)
+    assert sorted(checked) == sorted(first.records.read(first.slots[pair.id]) for pair in pairs)
     assert len(checked) == len(pairs) == len(again.ids)
     checked.clear()
     Image.new("RGB", (48, 40), (1, 2, 3)).save(pairs[2].image)  # one is decoded again: of that one the new record alone
     changed = decode_pairs(pairs, 32, tmp_path / "cache")
-    assert sorted(checked) == sorted(changed.records[changed.slots[pair.id]].tobytes() for pair in pairs)
+    assert sorted(checked) == sorted(changed.records.read(changed.slots[pair.id]) for pair in pairs)
 
 
 def test_progress_counts_every_pair_once(tmp_path):
@@ -126,5 +130,102 @@ def test_pairs_sent_to_another_process_are_the_same(tiny, tmp_path):
     for id in pairs.ids:
         np.testing.assert_array_equal(received.image(id), pairs.image(id))
         np.testing.assert_array_equal(received.mask(id), pairs.mask(id))
-    pairs.records = np.array(pairs.records)  # not mapped: its content goes along
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(pairs)).records, pairs.records)
+
+
+# ---------------------------------------------------------------- files that were exchanged, copied or restored
+
+
+def _exchange(path, other) -> None:
+    """Put another file of the same size under a name, with the time of modification that it had."""
+    before = path.stat()
+    content = other.read_bytes()
+    path.write_bytes(content + b"\0" * (before.st_size - len(content)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_a_picture_exchanged_for_one_of_the_same_size_and_time_is_noticed(tmp_path):
+    pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 4)))
+    first = decode_pairs(pairs, 32, tmp_path / "cache")
+    small = min(pairs[1:], key=lambda pair: pair.image.stat().st_size)
+    if pairs[0].image.stat().st_size < small.image.stat().st_size:
+        pairs[0].image.write_bytes(pairs[0].image.read_bytes() + b"\0" * 4096)  # a JPEG may be longer than its picture
+        first = decode_pairs(pairs, 32, tmp_path / "cache")
+    _exchange(pairs[0].image, small.image)
+    second = decode_pairs(pairs, 32, tmp_path / "cache")
+    assert second.fingerprint() != first.fingerprint()
+    np.testing.assert_array_equal(second.image(pairs[0].id), second.image(small.id))
+
+
+def test_files_that_were_touched_or_restored_cost_a_checksum_and_no_decoding(tmp_path, monkeypatch):
+    pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 4)))
+    first = decode_pairs(pairs, 32, tmp_path / "cache")
+    calls, hashed = _calls(monkeypatch), []
+    original = isic.cache.file_checksum
+    monkeypatch.setattr(isic.cache, "file_checksum", lambda path: (hashed.append(path), original(path))[1])
+    for pair in pairs:
+        content = pair.image.read_bytes()
+        pair.image.unlink()
+        pair.image.write_bytes(content)
+    for hashes in (2 * len(pairs), 0):  # the new stamps are kept
+        hashed.clear()
+        again = decode_pairs(pairs, 32, tmp_path / "cache")
+        assert (calls, len(hashed), again.fingerprint(), again.slots) == ([], hashes, first.fingerprint(), first.slots)
+
+
+def test_an_index_of_an_earlier_version_costs_a_checksum_and_no_decoding(tmp_path, monkeypatch):
+    pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 4)))
+    first = decode_pairs(pairs, 32, tmp_path / "cache")
+    (index,) = (tmp_path / "cache").glob("*/index.json")
+    content = read_json(index)
+    for entry in content["pairs"].values():
+        entry["stamps"] = [stamp[:3] for stamp in entry["stamps"]]
+    write_json(index, content)
+    calls = _calls(monkeypatch)
+    assert decode_pairs(pairs, 32, tmp_path / "cache").fingerprint() == first.fingerprint() and calls == []
+    assert all(len(stamp) == 5 for entry in read_json(index)["pairs"].values() for stamp in entry["stamps"])
+
+
+def test_a_dataset_that_was_copied_elsewhere_is_not_decoded_again(tmp_path, monkeypatch):
+    root = write_pairs(tmp_path / "d", 4)
+    first = decode_pairs(find_pairs(*isic_folders(root)), 32, tmp_path / "cache")
+    calls = _calls(monkeypatch)
+    shutil.copytree(root, tmp_path / "copy")
+    pairs = find_pairs(*isic_folders(tmp_path / "copy"))
+    copied = decode_pairs(pairs, 32, tmp_path / "cache")
+    assert copied.fingerprint() == first.fingerprint() and calls == []
+    for pair in pairs:
+        np.testing.assert_array_equal(copied.image(pair.id), first.image(pair.id))
+        np.testing.assert_array_equal(copied.mask(pair.id), first.mask(pair.id))
+    decode_pairs(pairs, 48, tmp_path / "cache")  # at another size everything is
+    assert len(calls) == len(pairs)
+
+
+def test_a_cache_that_cannot_be_written_serves_files_that_were_touched(tmp_path, monkeypatch):
+    pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 4)))
+    first = decode_pairs(pairs, 32, tmp_path / "cache")
+
+    def refuse(*arguments):
+        raise UserError("read-only")
+
+    monkeypatch.setattr(isic.cache, "write_json", refuse)
+    os.utime(pairs[0].image)
+    assert decode_pairs(pairs, 32, tmp_path / "cache").fingerprint() == first.fingerprint()
+
+
+ODD = [None, [], {}, "x", -1, 2.5, 2**70, True, [[]], {"slot": 0}]
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("place", ["made_by", "unused", "pairs", "slot", "crc", "checksums", "stamps"])
+def test_an_index_with_odd_values_counts_as_empty(tmp_path, place, value):
+    pairs = find_pairs(*isic_folders(write_pairs(tmp_path / "d", 3)))
+    first = decode_pairs(pairs, 32, tmp_path / "cache")
+    (index,) = (tmp_path / "cache").glob("*/index.json")
+    content = read_json(index)
+    (content if place in content else content["pairs"][pairs[1].id])[place] = value
+    write_json(index, content)
+    again = decode_pairs(pairs, 32, tmp_path / "cache")
+    assert again.fingerprint() == first.fingerprint()
+    for pair in pairs:
+        np.testing.assert_array_equal(again.image(pair.id), first.image(pair.id))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from conftest import write_pairs
@@ -156,3 +158,24 @@ def test_a_lesion_that_vanishes_when_shrunk(pair):
     with pytest.raises(UserError, match="vanishes at 8 x 8 pixels.*larger --image-size"):
         decode_pair(pair, 8)
     assert decode_pair(pair, 48)[1].sum() >= 1
+
+
+def test_a_chunk_that_claims_gigabytes_takes_no_memory(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    place = content.index(b"IDAT") - 4
+    (tmp_path / "x.png").write_bytes(content[:place] + b"\x7f\xff\xff\xffiCCP" + content[place + 8:])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="x.png"):
+            read_image(tmp_path / "x.png")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "x.png", "wb") as stream:
+        stream.truncate(2**31 + 1)  # a hole, which takes no room
+    with pytest.raises(UserError, match=r"x.png is too large to be a photograph \(2147483649 bytes; at most 2147483648\)"):
+        read_image(tmp_path / "x.png")

@@ -14,7 +14,7 @@ from runtime.records import fingerprint
 #: The fields that decide no number: where things lie, how fast, how much is said, how many resamples.
 NEUTRAL = {
     "data", "images", "masks", "download", "skip_bad", "cache", "data_note", "weights_from", "workers", "resamples", "study",
-    "results", "fresh", "quiet", "json", "device", "quick", "margin", "trainings", "pool",
+    "results", "fresh", "quiet", "json", "device", "quick", "margin", "trainings", "pool", "verify",
     "flips", "ensemble", "maps", "scores", "test_data", "test_images", "test_masks", "split", "groups", "model_weights",
 }
 

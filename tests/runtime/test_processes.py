@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.errors import UserError
+from runtime.errors import SharedError, UserError
 from runtime.processes import ProcessGroup, process_group
 
 CPU = torch.device("cpu")
@@ -55,6 +58,25 @@ def test_what_the_main_process_raises_is_raised_in_all(gloo_of_one):
     assert group.summed(torch.tensor([3.0])).tolist() == [3]
 
 
+def test_what_one_raises_is_raised_in_all_with_its_number(monkeypatch):
+    assert ProcessGroup(0, 1, CPU).each(lambda: 5) == [5]
+    others = (7, None), (None, "no such file"), (None, "nor this")
+
+    def gather(parts, part):
+        parts[:] = [part, *others[: len(parts) - 1]]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert ProcessGroup(0, 2, CPU).each(lambda: 5) == [5, 7]
+    with pytest.raises(SharedError, match="^process 2: no such file$"):
+        ProcessGroup(0, 4, CPU).each(lambda: 5)
+
+    def fail():
+        raise UserError("not mine")
+
+    with pytest.raises(SharedError, match="^process 0: not mine$"):
+        ProcessGroup(0, 2, CPU).each(fail)
+
+
 def test_the_others_are_told_what_the_main_process_found_or_complained_of(monkeypatch):
     sent = []
 
@@ -80,11 +102,23 @@ def test_the_others_are_told_what_the_main_process_found_or_complained_of(monkey
         other.shared(lambda: 1 / 0)
 
 
-def test_torchrun_s_group_is_joined_and_left(monkeypatch):
+@pytest.fixture
+def watched(monkeypatch):
+    """A group of two, of which this process is the second; nobody watches it."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    watch = nullcontext(SimpleNamespace(rank=1, world_size=2, store="the store"))
+    monkeypatch.setattr("runtime.processes.watch_from_environment", lambda: watch)
+
+
+def test_torchrun_s_group_is_joined_and_left(monkeypatch, watched):
     joined = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout.seconds)))
+
+    def join(backend, store, rank, world_size, timeout):
+        assert (store, rank, world_size) == ("the store", 1, 2)
+        joined.append((backend, timeout.seconds))
+
+    monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: joined.append("left"))
@@ -94,17 +128,13 @@ def test_torchrun_s_group_is_joined_and_left(monkeypatch):
     assert joined == [("gloo", 6 * 3600), "left"]
 
 
-def test_several_processes_do_not_share_metal(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_processes_do_not_share_metal(monkeypatch, watched):
     monkeypatch.setattr("runtime.processes.resolve_device", lambda name: torch.device("mps"))
     with pytest.raises(UserError, match="cannot share Metal"), process_group("auto"):
         pass
 
 
-def test_every_process_needs_a_cuda_device_of_its_own(monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
+def test_every_process_needs_a_cuda_device_of_its_own(monkeypatch, watched):
     monkeypatch.setattr("runtime.processes.resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 1 has no CUDA device of its own: 1 are here"), process_group("auto"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 
 import pytest
+from tqdm import tqdm
 
 from runtime.progress import complain, console, current_console, duration, is_main_process, progress_bar, say, stage
 
@@ -91,3 +93,18 @@ def test_a_terminal_that_is_gone_is_no_further_error(monkeypatch):
 
 def test_durations_are_in_seconds_below_two_minutes():
     assert [duration(seconds) for seconds in (0, 0.04, 119.94, 120, 3600)] == ["0.0 s", "0.0 s", "119.9 s", "2.0 min", "60.0 min"]
+
+
+@pytest.mark.parametrize("place", ["_get_free_pos", "status_printer", "refresh"])
+def test_a_bar_that_a_stop_hits_while_it_is_made_goes_without_a_word(monkeypatch, place):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)  # prints a traceback, else
+    with monkeypatch.context() as patched:
+        patched.setattr(tqdm, place, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            progress_bar("a bar", 3, "image")
+    gc.collect()  # the half-made bar is deleted, at the latest now
+    assert said == []
