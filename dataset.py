@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from isic.cache import DecodedPairs, decode_pairs
+from isic.cache import decode_pairs
+from isic.decoded import DecodedPairs
 from isic.layout import Pair, SkippedPair, find_pairs, limit_pairs
 from isic.source import DATA, Source
 from isic.tables import Fixed, groups_of, listed_ids, read_groups, read_parts
@@ -26,6 +27,7 @@ from runtime.config import Config
 from runtime.errors import UserError, printable
 from runtime.processes import ProcessGroup
 from runtime.progress import complain, progress_bar, stage
+from runtime.resources import naming_shortage
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -58,7 +60,7 @@ class Data(NamedTuple):
 def prepare_data(config: Config, source: Source, group: ProcessGroup, fixed: Fixed | None = None) -> Data:
     """Find, decode and split the pairs.
 
-    The main process decodes; the others map its cache. The split is that of all
+    The main process decodes; the others read its cache, and look at every pair before the work begins. The split is that of all
     ids found, or that of ``--split``; pairs left out by ``--skip-bad`` then leave their part.
 
     Args:
@@ -103,11 +105,14 @@ def prepare_data(config: Config, source: Source, group: ProcessGroup, fixed: Fix
         return Data(pairs, split, left_out, groups)
 
     data = group.shared(prepare)
+    if group.world_size > 1:  # the main process has just read them
+        group.each(data.pairs.check)
     said = ", ".join(f"{len(ids)} {part}" for part, ids in zip(PARTS, data.split))
     stage("data", f"{len(data.pairs.ids)} images: {said}")
     return data
 
 
+@naming_shortage("decoding images", "lower --image-size or close other programs")
 def decode(pairs: Sequence[Pair], config: Config, skipped: list[SkippedPair] | None) -> DecodedPairs:
     """Decode pairs under a progress bar; see :func:`isic.cache.decode_pairs`."""
     with progress_bar("decoding images", len(pairs), "pair") as bar:
@@ -263,7 +268,7 @@ class TrainingImages(Dataset[tuple[np.ndarray, np.ndarray]]):
     def __getitem__(self, key: Any) -> tuple[np.ndarray, np.ndarray]:
         epoch, position = key
         id = self.ids[position]
-        image, mask = np.array(self.pairs.image(id)), np.array(self.pairs.mask(id))
+        image, mask = map(np.array, self.pairs.pair(id))
         if self.kind == "none":
             return image, mask
         if self.pipeline is None:  # built here so that every worker has its own
@@ -323,6 +328,5 @@ def batches(
     """Yield (ids, normalised images float32 (B, 3, H, W), masks uint8 (B, H, W)) in order."""
     for start in range(0, len(ids), batch_size):
         part = list(ids[start : start + batch_size])
-        images = torch.from_numpy(np.stack([pairs.image(id) for id in part])).to(device)
-        masks = torch.from_numpy(np.stack([pairs.mask(id) for id in part])).to(device)
+        images, masks = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*map(pairs.pair, part)))
         yield part, normalise(images), masks

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.pool is None and config.maps is None and needs_synthetic(config):
                 config = parse_config(argv, __doc__, SYNTHETIC)
             with console(config.quiet, config.json):
-                (pool_runs if config.pool is not None else judge_maps if config.maps is not None else run_experiment)(config)
+                (read_runs if config.verify or config.pool else judge_maps if config.maps else run_experiment)(config)
         except UserError as error:
             complain(f"error: {error}")
             return 2
@@ -161,19 +161,16 @@ def judge_maps(config: Config) -> dict[str, Any]:
 
 def train_model(run: Run, data: Data | None) -> Network:
     """Train, or take the weights that this very configuration made from these very data, or those of a named run or file."""
-    from experiment.networks import load_network, take_weights
-    from experiment.results import copy_weights, unfinish
+    from experiment.networks import load_network
+    from experiment.results import take_weights_of, unfinish
     from reporting.formats import number
     from train import train
 
     config, group = run.config, run.group
-    if config.weights_from is not None:
-        group.shared(lambda: copy_weights(Path(str(config.weights_from)), run.results))
-        stage("training", f"none; the weights are those of {config.weights_from}")
-        return load_network(run.results / "weights" / "best_model.pth", config, group)
-    if config.model_weights is not None:
-        group.shared(lambda: take_weights(config, run.results, run.identity))
-        stage("training", f"none; the weights are those of {config.model_weights}")
+    taken = config.weights_from or config.model_weights
+    if taken is not None:
+        group.shared(lambda: take_weights_of(config, run.results, run.identity))
+        stage("training", f"none; the weights are those of {taken}")
         return load_network(run.results / "weights" / "best_model.pth", config, group)
     assert data is not None  # it is only where weights are taken
     with progress_bar("training", config.epochs * len(data.split.train), "image") as bar:
@@ -192,25 +189,28 @@ def train_model(run: Run, data: Data | None) -> Network:
 
 def finish_run(run: Run, metrics: Mapping[str, Any], rows: list[dict[str, Any]], read: ImageReader | None) -> dict[str, Any]:
     """Write the numbers, draw the figures and, with pictures that ``read`` gives, the report; returns the sealed metrics."""
-    from experiment.saved_run import with_tables
+    from experiment.saved_run import sealed_metrics, with_tables
     from reporting.console import show_warnings
     from reporting.run_pictures import draw_run
-    from runtime.records import seal, write_csv, write_json
+    from runtime.records import write_csv, write_json
 
     show_warnings(metrics)
     write_csv(run.results / "per_image.csv", rows)
     paths = draw_run(with_tables(run.results, metrics), read)
     stage("figures", f"{len(paths) - 2} figures, report.html and report.md")
-    sealed = seal(metrics)
+    sealed = sealed_metrics(metrics, run.results)
     write_json(run.results / "metrics.json", sealed)  # last: its presence says that the run is finished
     return sealed
 
 
-def pool_runs(config: Config) -> None:
-    """Pool finished runs that were made elsewhere."""
+def read_runs(config: Config) -> None:
+    """Check a finished run against all that it came from, or pool runs that were made elsewhere."""
     from experiment.pooling import pool_folder
+    from experiment.verify import verify_results
 
-    if is_main_process():  # one is enough
+    if config.verify and is_main_process():
+        verify_results(config)
+    elif is_main_process():  # one is enough
         with pool_folder(config) as results:
             pool(config, [Path(run) for run in config.pool or ()], results, time.perf_counter())
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -19,16 +19,25 @@ from torch.utils.data import DataLoader
 from dataset import EpochBatches, TrainingImages, batches, derived_seed, normalise
 from evaluation.overlap import segmentation_overlap
 from experiment.networks import Network, build, load_network, memory_layout
-from isic.cache import DecodedPairs
+from isic.decoded import DecodedPairs
 from model import UNet
-from runtime.checkpoints import load_checkpoint, save_checkpoint, state_fingerprint, weights_fingerprint
+from runtime.checkpoints import (
+    check_resumable,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+    state_fingerprint,
+    weights_fingerprint,
+)
 from runtime.config import Config
 from runtime.devices import autocast, training_precision
-from runtime.errors import UserError
+from runtime.errors import SharedError, UserError
 from runtime.group_layers import with_group_batch_norm, with_row_dropout
+from runtime.loading import loaded
 from runtime.processes import ProcessGroup
 from runtime.records import write_csv
-from runtime.signals import block_sigint_in_children, end_with_parent
+from runtime.resources import naming_shortage
+from runtime.signals import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class TrainingResult(NamedTuple):
     log: list[dict[str, Any]]
 
 
+@naming_shortage("training", "lower --batch-size, --image-size or --width")
 def train(
     config: Config,
     pairs: DecodedPairs,
@@ -113,7 +123,7 @@ def train(
     progress = Progress()
     saved = group.shared(lambda: resumable_state(state_path, best_path, identity))
     if saved is not None:
-        training.load_state(saved)
+        training.load_state(saved, state_path)
         progress = Progress(**saved["progress"])
         if group.is_main:  # a run may have died just before it wrote this
             write_csv(results / "training_log.csv", progress.log)
@@ -129,7 +139,7 @@ def train(
         )
         if not math.isfinite(scores["loss"]):
             where = f"after step {len(training.order)} of epoch {progress.epoch + 1}"
-            raise UserError(f"the validation loss is {scores['loss']} {where}; {advice}")
+            raise SharedError(f"the validation loss is {scores['loss']} {where}; {advice}")
         row = {
             "epoch": progress.epoch + 1, "train_loss": trained.loss, "validation_loss": scores["loss"],
             "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
@@ -183,6 +193,7 @@ class Training:
         self.loader = DataLoader(
             TrainingImages(pairs, ids, config.augment, config.seed), batch_sampler=self.order, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=device.type == "cuda", worker_init_fn=end_with_parent,
+            generator=torch.Generator(),  # its draws, one per epoch or one per start of helpers, are none of the dropout's
         )
 
     def state(self) -> dict[str, Any]:
@@ -192,8 +203,9 @@ class Training:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` returned."""
+    def load_state(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from what :meth:`state` returned; the errors of :func:`runtime.checkpoints.check_resumable` name the path."""
+        check_resumable(state, path, self.model, self.optimizer, self.scaler.state_dict())
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -207,11 +219,12 @@ class Training:
         device = self.group.device
         self.order.epoch = epoch
         torch.manual_seed(derived_seed(self.config.seed, "dropout", epoch))
+        torch.empty((), dtype=torch.int64).random_()  # as ever: earlier runs are resumed with the same masks
         self.model.train()
         losses = []  # of each step, left on the device: a look at one would wait for it
         started, waited = time.perf_counter(), 0.0
         asked = started
-        for step, (images, masks) in enumerate(_loaded(self.loader)):
+        for step, (images, masks) in enumerate(loaded(self.loader)):
             waited += time.perf_counter() - asked
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             losses.append(self._step(epoch, step, images, masks))
@@ -222,7 +235,7 @@ class Training:
         bad = next((step for step, value in enumerate(by_step) if not math.isfinite(value)), None)
         if bad is not None:
             where = f"at step {bad + 1} of {len(self.order)} of epoch {epoch + 1}"
-            raise UserError(f"the training loss is {by_step[bad]} {where}; {advice}")
+            raise SharedError(f"the training loss is {by_step[bad]} {where}; {advice}")
         sizes = [self.order.size(step) for step in range(len(self.order))]
         return EpochResult(sum(map(operator.mul, by_step, sizes)) / sum(sizes), sum(sizes) / seconds, waited)
 
@@ -294,21 +307,6 @@ def validate(
     return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
 
 
-def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader; the death of one of its processes is one line."""
-    try:
-        with block_sigint_in_children():
-            iterator = iter(loader)
-        yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a data-loading process died ({str(error).splitlines()[0]}); finished epochs are kept; "
-            "run the same command again, with --workers 0 or fewer if memory is short"
-        ) from error
-
-
 # ---------------------------------------------------------------- checkpoints of a training
 
 
@@ -330,8 +328,8 @@ def resumable_state(state_path: Path, best_path: Path, identity: str) -> dict[st
     """
     if not state_path.exists():
         return None
-    state = load_checkpoint(state_path, sealed=True)
-    if state.get("identity") != identity or "progress" not in state:
+    state = load_training_state(state_path)
+    if state["identity"] != identity:
         return None
     progress = Progress(**state["progress"])
     if progress.best_epoch == progress.epoch:

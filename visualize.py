@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import Parser
+from runtime.config import Parser, check_text, output_file
 from runtime.errors import UserError
+from runtime.resources import naming_shortage
 
 # NumPy, matplotlib and PyTorch are imported by the functions below, when the command line is understood; a gallery or a
 # summary is drawn from saved maps and numbers and needs no PyTorch at all.
@@ -44,16 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--summary", action="store_true", help="draw every figure of the run and write its report again")
     parser.add_argument("--overlay", nargs="?", const="fused_score", metavar="MAP",
                         help=f"lay a map over the undecimated image: {', '.join(MAPS)} [fused_score]")
-    parser.add_argument("--output", type=Path, help="file to write: .png, .jpg, .pdf or .svg [in RUN/figures]")
+    parser.add_argument("--output", help="file to write: .png, .jpg, .pdf or .svg [in RUN/figures]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     try:
         args = parser.parse_args(argv)
         check(args)
+        args.output = None if args.output is None else output_file(args.output)
         from experiment.case_images import check_finished, newest_run
+        from experiment.saved_run import blaming
 
         run = args.run or newest_run(args.results)
         check_finished(run)
-        path = summarise(run) if args.summary else render_gallery(run, args) if args.gallery else render_case(run, args)
+        with naming_shortage("drawing", "close other programs, or give --device cpu"), blaming(run / "metrics.json"):
+            path = summarise(run) if args.summary else render_gallery(run, args) if args.gallery else render_case(run, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,6 +73,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the flags.
     """
+    for name, value in vars(args).items():
+        if isinstance(value, (str, Path)):
+            check_text(f"--{name.replace('_', '-')}", str(value))
     if args.id is not None and args.image is not None:
         raise UserError("give --id or --image, not both")
     if args.seed is not None and args.seed < 0:
@@ -99,7 +106,7 @@ def summarise(folder: Path) -> Path:
 
     The galleries need the images as well: where the dataset is gone, they stay as they are, and that is said.
     """
-    from experiment.case_images import named_set
+    from experiment.case_images import NoPicture, named_set
     from experiment.saved_run import is_pooled, load_pooled, load_run
     from reporting.pooled import draw_pooled
     from reporting.run_pictures import draw_run
@@ -109,10 +116,15 @@ def summarise(folder: Path) -> Path:
         return folder / "report.html"
     run = load_run(folder)
     images = named_set(folder, run.record, None)
-    try:
+    if not images.maps.is_dir():
         # where other test sets alone were measured, the run's own galleries are those of another run
-        draw_run(run, images.reader(map_size(run)) if images.maps.is_dir() or not run.record.get("targets") else None)
-    except UserError as error:
+        if not run.record.get("targets"):
+            print(f"galleries not redrawn: there are no maps in {images.maps}")
+        draw_run(run)
+        return folder / "report.html"
+    try:
+        draw_run(run, images.reader(map_size(run), run.metrics))
+    except NoPicture as error:
         print(f"galleries not redrawn: {error}")
         draw_run(run)
     return folder / "report.html"
@@ -144,11 +156,11 @@ def render_gallery(folder: Path, args: argparse.Namespace) -> Path:
     if not images.maps.is_dir() and images.name == "" and run.record.get("targets"):
         names = ", ".join(entry["name"] for entry in run.record["targets"])
         raise UserError(f"{folder} holds maps of other test sets alone; choose one with --test-set: {names}")
-    run = run._replace(rows=images.rows())
+    run = run._replace(rows=images.rows(run.metrics))
     random = args.gallery == "random"
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31) if random else run_seed(run)
     n = args.n or GALLERY_N
-    figure = draw_gallery(run, args.gallery, n, seed, images.reader(map_size(run)), images)
+    figure = draw_gallery(run, args.gallery, n, seed, images.reader(map_size(run), run.metrics), images)
     if figure is None:
         raise UserError(f"gallery {args.gallery}: the rule is defined for no test image of {folder}")
     terms, chosen = terms_of(run), choose(args.gallery, candidates_of(run, seed, images), n)
@@ -170,13 +182,12 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
     """
     from experiment.case_images import any_picture, choose_image
     from experiment.computed_case import compute_case, saved_case
-    from experiment.saved_run import SavedRun, read_record
+    from experiment.saved_run import SavedRun, check_belongs, read_metrics, read_record
     from experiment.terms import judges_given_maps, terms_of
     from isic.decoding import read_image, read_mask
     from reporting.cases import Case, case_figure, case_title, overlay_figure
     from reporting.run_pictures import labels
-    from reporting.style import save_figure
-    from runtime.records import read_sealed
+    from reporting.style import save_figure, short_name
 
     record = read_record(folder)
     given = judges_given_maps(record)
@@ -186,9 +197,10 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
         chosen = any_picture(args.image)
     else:
         chosen = choose_image(folder, record, args.id, args.seed, args.test_set)
-    run = SavedRun(folder, read_sealed(folder / "metrics.json"), record, (), ())
+    run = SavedRun(folder, read_metrics(folder), record, (), ())
+    check_belongs(folder, run.metrics, record)
     threshold = float(record["configuration"]["threshold"])
-    made = saved_case(chosen, threshold) if given else compute_case(folder, chosen, args.device)
+    made = saved_case(chosen, threshold, run.metrics) if given else compute_case(folder, chosen, args.device)
     case = Case(chosen.id, made.image, made.maps, made.truth, made.dice, made.jaccard, chosen.detail)
     shown = " ".join(chosen.how) if args.image is None else args.image.name
     options = labels(run, shown if given else f"{shown}, dropout seed {record['configuration']['seed']}")
@@ -207,7 +219,7 @@ def render_case(folder: Path, args: argparse.Namespace) -> Path:
         figure, name = case_figure([case], run.metrics["normalisation"], **options), f"case_{chosen.id}.png"
     if chosen.images is not None and chosen.images.name:
         name = f"{chosen.images.name}_{name}"
-    path = save_figure(figure, args.output or folder / "figures" / name, terms_of(run))
+    path = save_figure(figure, args.output or folder / "figures" / short_name(name), terms_of(run))
     print(case_title(case))
     if given and chosen.images is not None and not made.has_image:
         print("the maps of this image came without it; the mean prediction, in grey, stands in its place")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-ASIDE = {"minutes", "identity", "checksum", "images_per_second", "seconds_waited_for_data", "fusion", "seconds_by_stage"}
+ASIDE = {"minutes", "identity", "checksum", "files", "images_per_second", "seconds_waited_for_data", "fusion", "seconds_by_stage"}
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:

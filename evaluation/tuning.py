@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from evaluation.arrays import Array
 from evaluation.calibration import foreground_error
 from evaluation.counting import Counters, count_curve
@@ -37,8 +39,9 @@ def tune(validation: Split, *, bins: int = 15, lambdas: tuple[float, ...] = LAMB
         The fusion and the counts behind its lambda; can be pickled.
 
     Raises:
-        UserError: the predictive variance is the same in every pixel. (A constant saliency variance counts as zero.)
-        ValueError: bad values in a map (named), no image, no foreground pixel.
+        UserError: the predictive variance is the same in every pixel (a constant saliency variance counts as zero), or no
+            pixel is foreground.
+        ValueError: bad values in a map (named), no image.
 
     Example:
         >>> import torch
@@ -58,8 +61,13 @@ def tune(validation: Split, *, bins: int = 15, lambdas: tuple[float, ...] = LAMB
         )
     fusion = Fusion(min_max(found[PREDICTIVE]), min_max(found[SALIENCY]))
     curve = count_curve(validation, fusion, lambdas, bins)
-    chosen = best_lambda(lambdas, lambda_errors(curve.total()))
-    return Tuned(replace(fusion, parameter=chosen), curve, bins, lambdas)
+    errors = lambda_errors(curve.total())
+    if bool(np.isnan(errors).all()):
+        raise UserError(
+            "the validation masks hold no foreground pixel, so that lambda cannot be tuned; look at the masks of the validation "
+            "images, or give another --split-seed or --split"
+        )
+    return Tuned(replace(fusion, parameter=best_lambda(lambdas, errors)), curve, bins, lambdas)
 
 
 def lambda_errors(summed: Mapping[str, Array]) -> Array:

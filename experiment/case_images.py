@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiment.map_files import picture_of, read_maps
-from experiment.saved_run import is_pooled, read_table
+from experiment.saved_run import is_pooled, maps_are_sealed, read_images
 from experiment.terms import judges_given_maps
 from isic.decoding import read_image
 from isic.layout import Pair, find_pairs
 from runtime.errors import UserError
-from runtime.records import read_json
+from runtime.records import fingerprint, read_json
 
 MAPS = "uncertainty_maps"
 
@@ -48,7 +48,7 @@ def check_finished(folder: Path) -> None:
     if (folder / "metrics.json").is_file():
         return
     command = read_json(folder / "config.json").get("command") if (folder / "config.json").is_file() else None
-    if command:
+    if command and isinstance(command, list):
         raise UserError(
             f"{folder} holds an unfinished run (no metrics.json); this finishes it: {shlex.join(['python', *map(str, command)])}"
         )
@@ -56,6 +56,10 @@ def check_finished(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- sets of images
+
+
+class NoPicture(UserError):
+    """A picture is not where the run found it, or cannot be read any more; saved maps and numbers are as good as before."""
 
 
 class ImageSet(NamedTuple):
@@ -67,6 +71,8 @@ class ImageSet(NamedTuple):
         maps: the folder of their map files.
         table: the CSV file of their numbers.
         images, masks: the folders of their files; None where maps were given, and whatever they showed is in the map files.
+        content: fingerprint of another test set.
+        sealed: whether every map file must carry a checksum.
     """
 
     name: str
@@ -75,6 +81,17 @@ class ImageSet(NamedTuple):
     table: Path
     images: Path | None
     masks: Path | None
+    content: str | None = None
+    sealed: bool = False
+
+    def identity(self, metrics: Mapping[str, Any]) -> str | None:
+        """The identity that the maps must have, from the metrics of the run."""
+        identity = metrics.get("identity")
+        return identity if self.content is None else fingerprint([identity, self.content])
+
+    def saved_maps(self, id: str, need: Sequence[str], metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The saved maps of one image; see :func:`experiment.map_files.read_maps`."""
+        return read_maps(self.maps / f"{id}.npz", need, self.identity(metrics), self.sealed)
 
     def pairs(self) -> dict[str, Pair]:
         """The image-mask pairs by id, those of the run's training as well; broken ones are left out.
@@ -86,31 +103,38 @@ class ImageSet(NamedTuple):
             return {}
         return {pair.id: pair for pair in find_pairs(self.images, self.masks, [])}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The numbers of the test images, a row for each.
+    def rows(self, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The numbers of the test images, a row for each, with the metrics of the run.
 
         Raises:
-            UserError: the file is missing or broken.
+            UserError: the file is missing or broken, or was changed.
         """
-        return read_table(self.table)
+        return read_images(self.table, metrics, self.test)
 
-    def reader(self, size: int) -> Callable[[str], np.ndarray]:
+    def reader(self, size: int, metrics: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
         """Reads the images at the resolution of their maps.
 
         Args:
             size: of the maps that a run made itself.
+            metrics: of the run.
 
         Raises:
-            UserError: the images are not where the run found them.
+            NoPicture: the images are not where the run found them.
         """
         if self.images is None:
-            return lambda id: picture_of(read_maps(self.maps / f"{id}.npz", ("mean_prediction",)))
-        pairs = self.pairs()
+            return lambda id: picture_of(self.saved_maps(id, ("mean_prediction",), metrics))
+        try:
+            pairs = self.pairs()
+        except UserError as error:
+            raise NoPicture(error) from error
 
         def read(id: str) -> np.ndarray:
             if id not in pairs:
-                raise UserError(f"there is no image {id} in {self.images}")
-            return read_image(pairs[id].image, size)
+                raise NoPicture(f"there is no image {id} in {self.images}")
+            try:
+                return read_image(pairs[id].image, size)
+            except UserError as error:
+                raise NoPicture(error) from error
 
         return read
 
@@ -124,11 +148,12 @@ def image_sets(folder: Path, record: Mapping[str, Any]) -> list[ImageSet]:
     """
     given = judges_given_maps(record)
     images, masks = (None if given else Path(record[key]) for key in ("images", "masks"))
-    own = ImageSet("", record["split"]["test"], folder / MAPS / "test", folder / "per_image.csv", images, masks)
+    sealed = maps_are_sealed(record)
+    own = ImageSet("", record["split"]["test"], folder / MAPS / "test", folder / "per_image.csv", images, masks, None, sealed)
     others = [
         ImageSet(
             entry["name"], entry["ids"], folder / MAPS / f"target-{entry['name']}", folder / f"per_image_{entry['name']}.csv",
-            Path(entry["images"]), Path(entry["masks"]),
+            Path(entry["images"]), Path(entry["masks"]), entry["fingerprint"], sealed,
         )
         for entry in record.get("targets", ())
     ]

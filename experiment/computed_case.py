@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ import torch
 from dataset import normalise
 from evaluation.overlap import segmentation_overlap
 from experiment.case_images import Chosen
-from experiment.map_files import IMAGE, picture_of, read_maps
+from experiment.map_files import IMAGE, picture_of
 from experiment.maps import map_options
 from experiment.trained_run import load_trained_run
 from isic.decoding import read_image, read_mask
 from runtime.devices import resolve_device
 from runtime.errors import UserError
+from runtime.resources import naming_shortage
 from uncertainty import uncertainty_maps
 
 
@@ -40,6 +41,7 @@ class ComputedCase(NamedTuple):
     has_image: bool = True
 
 
+@naming_shortage("maps", "give --device cpu, or close other programs")
 def compute_case(folder: Path, chosen: Chosen, device: str) -> ComputedCase:
     """Compute the maps of one image with the model and the fusion of a finished run.
 
@@ -70,21 +72,20 @@ def compute_case(folder: Path, chosen: Chosen, device: str) -> ComputedCase:
     return _case(pixels, arrays, truth, run.config.threshold)
 
 
-def saved_case(chosen: Chosen, threshold: float) -> ComputedCase:
+def saved_case(chosen: Chosen, threshold: float, metrics: Mapping[str, Any]) -> ComputedCase:
     """The case of maps that were given: all of it is in the map file.
 
     Args:
         chosen: the image.
         threshold: predicted lesion where the mean prediction exceeds it.
+        metrics: of the run.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing or broken, or is that of another image or run.
     """
     assert chosen.images is not None
-    maps = read_maps(
-        chosen.images.maps / f"{chosen.id}.npz",
-        ("mean_prediction", "pred_variance", "saliency_variance", "fused_score", "true_mask"),
-    )
+    need = ("mean_prediction", "pred_variance", "saliency_variance", "fused_score", "true_mask")
+    maps = chosen.images.saved_maps(chosen.id, need, metrics)
     return _case(picture_of(maps), maps, maps["true_mask"], threshold)._replace(has_image=IMAGE in maps)
 
 

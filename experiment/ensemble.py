@@ -17,9 +17,9 @@ from evaluation.protocol import evaluate
 from evaluation.scores import binary_entropy
 from experiment.checks import PARTS
 from experiment.maps import MEASURED, SavedMaps
+from experiment.saved_run import maps_are_sealed, read_metrics, read_record
 from inference.moments import Moments, PassDice
 from runtime.errors import UserError
-from runtime.records import read_json, read_sealed
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def ensemble_of(folders: Sequence[Path], device: torch.device = CPU) -> dict[str
     Raises:
         UserError: a training is not finished, or they have other images.
     """
-    records = [(folder, read_sealed(folder / "metrics.json"), read_json(folder / "config.json")) for folder in folders]
+    records = [(folder, read_metrics(folder), read_record(folder)) for folder in folders]
     identities = [str(metrics.get("identity")) for _, metrics, _ in records]
     found = {}
     for part in PARTS:
@@ -113,6 +113,8 @@ def ensemble_of(folders: Sequence[Path], device: torch.device = CPU) -> dict[str
             )
             for folder, _, record in records
         ]
+        for member, (_, _, record) in zip(members, records):
+            member.sealed = maps_are_sealed(record)
         for member in members:  # given maps may have no entropy of the passes, which says nothing about an ensemble
             member.names = tuple(name for name in MEASURED if name != "expected_entropy")
         found[part] = EnsembleMaps(members, identities)
@@ -141,7 +143,7 @@ def ensemble_numbers(
     """
     parts = ensemble_of(folders, device)
     metrics = evaluate(parts["validation"], parts["test"], bins=bins, resamples=resamples, seed=seed).metrics
-    members = [read_sealed(folder / "metrics.json") for folder in folders]
+    members = [read_metrics(folder) for folder in folders]
     return {
         "trainings": len(folders),
         **headline(metrics),

@@ -22,13 +22,15 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaluation.names import PREDICTIVE, SALIENCY
 from experiment.map_files import IMAGE
 from runtime.errors import UserError, one_line
+from runtime.npz import SUFFIX, Header, read_header
+from runtime.reading import check_regular
 
 #: Arrays that no score may be called after.
 TAKEN_NAMES = ("mean_prediction", "true_mask", IMAGE, "group")
@@ -38,7 +40,6 @@ LARGEST = 1 << 26
 LONGEST = 4096
 #: What float32 makes of ln 2 may be a little more.
 LN2 = math.log(2) * (1 + 1e-6)
-_SUFFIX = ".npy"  # of the members of an .npz
 
 
 class Facts(NamedTuple):
@@ -117,7 +118,7 @@ def read_given(path: Path, scores: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- arrays
 
 
-def _floats(path: Path, members: Mapping[str, _Header], name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+def _floats(path: Path, members: Mapping[str, Header], name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """A finite map of floats as float32, of a shape where that is known."""
     header = _header(path, members, name)
     if header.dtype.kind != "f" or header.dtype.itemsize not in (2, 4, 8):
@@ -139,7 +140,7 @@ def _check_range(path: Path, name: str, values: np.ndarray, high: float, must_be
         raise UserError(f"{path}: {name} must be {must_be}; found values from {smallest:.6g} to {largest:.6g}")
 
 
-def _check_shape(path: Path, name: str, header: _Header, shape: tuple[int, ...] | None) -> None:
+def _check_shape(path: Path, name: str, header: Header, shape: tuple[int, ...] | None) -> None:
     if len(header.shape) != 2 or 0 in header.shape:
         raise UserError(f"{path}: {name} has shape {header.shape}; it must be (H, W), height and width of the image")
     if header.shape[0] * header.shape[1] > LARGEST:
@@ -148,7 +149,7 @@ def _check_shape(path: Path, name: str, header: _Header, shape: tuple[int, ...] 
         raise UserError(f"{path}: {name} has shape {header.shape}, mean_prediction {shape}; all maps of an image have one shape")
 
 
-def _mask(path: Path, members: Mapping[str, _Header], shape: tuple[int, ...]) -> np.ndarray:
+def _mask(path: Path, members: Mapping[str, Header], shape: tuple[int, ...]) -> np.ndarray:
     """The true mask as uint8."""
     header = _header(path, members, "true_mask")
     if header.dtype.kind not in "biu":
@@ -161,7 +162,7 @@ def _mask(path: Path, members: Mapping[str, _Header], shape: tuple[int, ...]) ->
     return np.asarray(values, np.uint8)
 
 
-def _picture(path: Path, members: Mapping[str, _Header], shape: tuple[int, ...]) -> np.ndarray:
+def _picture(path: Path, members: Mapping[str, Header], shape: tuple[int, ...]) -> np.ndarray:
     """The picture, uint8 (H, W, 3)."""
     header = _header(path, members, IMAGE)
     if header.dtype != np.uint8 or header.shape != (*shape, 3):
@@ -169,7 +170,7 @@ def _picture(path: Path, members: Mapping[str, _Header], shape: tuple[int, ...])
     return np.asarray(_load(path, IMAGE))
 
 
-def _group(path: Path, members: Mapping[str, _Header]) -> str:
+def _group(path: Path, members: Mapping[str, Header]) -> str:
     """The group as a text; a whole number is the same group whatever its type."""
     header = _header(path, members, "group")
     if header.dtype.kind not in "USiuf" or math.prod(header.shape) != 1 or header.dtype.itemsize > LONGEST:
@@ -188,14 +189,7 @@ def _group(path: Path, members: Mapping[str, _Header]) -> str:
 # ---------------------------------------------------------------- the file
 
 
-class _Header(NamedTuple):
-    """What the head of a member says of the array in it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-def _header(path: Path, members: Mapping[str, _Header], name: str) -> _Header:
+def _header(path: Path, members: Mapping[str, Header], name: str) -> Header:
     if name not in members:
         raise UserError(f"{path} holds no array {name}; it holds {', '.join(sorted(members)) or 'none'}")
     header = members[name]
@@ -204,32 +198,25 @@ def _header(path: Path, members: Mapping[str, _Header], name: str) -> _Header:
     return header
 
 
-def _members(path: Path) -> dict[str, _Header]:
+def _members(path: Path) -> dict[str, Header]:
     """The heads of all arrays, by name; none of them can claim more memory than its member of the zip file has bytes."""
     found = {}
+    with _Reading(path):
+        check_regular(path)
     with _Reading(path), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if not entry.filename.endswith(_SUFFIX):
+            if not entry.filename.endswith(SUFFIX):
                 continue
             with archive.open(entry) as stream:
-                header = _read_header(stream)
+                header = read_header(stream)
             if not header.dtype.hasobject and math.prod(header.shape) * header.dtype.itemsize > entry.file_size:
                 raise ValueError("an array is larger than its file")
-            found[entry.filename[: -len(_SUFFIX)]] = header
+            found[entry.filename[: -len(SUFFIX)]] = header
     return found
 
 
-def _read_header(stream: IO[bytes]) -> _Header:
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, _, dtype = read(stream)
-    return _Header(tuple(shape), dtype)
-
-
 def _load(path: Path, name: str) -> np.ndarray:
-    with _Reading(path), zipfile.ZipFile(path) as archive, archive.open(name + _SUFFIX) as stream:
+    with _Reading(path), zipfile.ZipFile(path) as archive, archive.open(name + SUFFIX) as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 

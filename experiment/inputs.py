@@ -17,6 +17,7 @@ from isic.source import Source, find_source
 from runtime.config import Config
 from runtime.processes import ProcessGroup
 from runtime.progress import stage
+from runtime.reading import real_path
 
 
 class Inputs(NamedTuple):
@@ -54,7 +55,7 @@ def source_of(config: Config, device: torch.device) -> Source:
         return find_source(config)
     for one in configurations(config, Path()) if config.trainings > 1 else [config]:
         check_weights_from(one, device)
-    record, name = finished_record(first_run(config)), Path(config.weights_from).resolve().name
+    record, name = finished_record(first_run(config)), real_path(config.weights_from).name
     if numbers_suffice(config):
         return Source(name, Path(record["images"]), Path(record["masks"]), bool(record["synthetic"]))
     source = find_source(config)

@@ -1,16 +1,19 @@
-"""The file of one image's maps: its schema, written whole, checked when read."""
+"""The file of one image's maps: what it may hold, written whole, bound to its image and its run, checked when read."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.errors import UserError
-from runtime.records import check_stored, write_npz
+from runtime.errors import UserError, one_line
+from runtime.npz import Header, read_npz
+from runtime.records import write_npz
 
 #: The arrays of a map file and their types; all are (H, W).
 MAP_ARRAYS = {
@@ -25,15 +28,27 @@ MAP_ARRAYS = {
 EXTRA_ARRAYS = {"flip_variance": np.float32}
 #: The picture that maps from elsewhere may bring along: uint8 (H, W, 3).
 IMAGE = "image"
+#: The largest value of an array, where it has one; the smallest is 0. Rounding may go a little beyond.
+LARGEST = {"mean_prediction": 1.0, "expected_entropy": math.log(2) * (1 + 1e-5), "fused_score": 1 + 1e-5, "true_mask": 1}
+#: The numbers and texts beside the arrays: kinds of NumPy type, the type they come back as, smallest and largest value.
+NUMBERS: dict[str, tuple[str, type, float, float]] = {
+    "empty_cams": ("iu", int, -1, 2**31),
+    "fallbacks": ("iu", int, 0, 1),
+    "pass_dice": ("f", float, 0, 1),
+    "identity": ("U", str, 0, 0),
+    "fusion": ("U", str, 0, 0),
+    "checksum": ("U", str, 0, 0),
+}
 #: Of "empty_cams": the maps are not those of a network that this program ran.
 NO_HEATMAPS = -1
+REMEDY = "delete it and run main.py again"
 
 
 def write_maps(
     path: Path, maps: Mapping[str, np.ndarray], empty_cams: int, identity: str, fallbacks: int = 0, fusion: str | None = None,
     pass_dice: float = math.nan,
 ) -> None:
-    """Save the maps of one image.
+    """Save the maps of one image, with a checksum of all of it and of the image's id.
 
     Args:
         path: ``<id>.npz``.
@@ -52,54 +67,93 @@ def write_maps(
         arrays["fusion"] = np.array(fusion)
     if not math.isnan(pass_dice):
         arrays["pass_dice"] = np.array(pass_dice, np.float64)
-    write_npz(path, arrays)
+    write_npz(path, {**arrays, "checksum": np.array(maps_checksum(path, arrays))})
 
 
-def read_maps(path: Path, need: Iterable[str] = MAP_ARRAYS) -> dict[str, Any]:
+def maps_checksum(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the id that a file is called after, and of name, type, shape and bytes of every array but the checksum."""
+    digest = hashlib.sha256(f"maps of {unicodedata.normalize('NFC', path.stem)}\n".encode())
+    for name in sorted(arrays.keys() - {"checksum"}):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {values.dtype.str} {arrays[name].shape}\n".encode())
+        digest.update(values.tobytes() if values.dtype.kind == "U" else values.data.cast("B"))
+    return digest.hexdigest()
+
+
+def read_maps(
+    path: Path, need: Iterable[str] = MAP_ARRAYS, identity: str | None = None, sealed: bool = False
+) -> dict[str, Any]:
     """Read and check the maps of one image: the arrays, "empty_cams", "fallbacks", "identity", "pass_dice", perhaps "fusion".
 
-    A file of an earlier version has no "pass_dice"; it is NaN then.
+    A file of an earlier version has no "pass_dice"; it is NaN then. One without a checksum comes back with a further
+    entry, "unsealed".
+
+    Args:
+        path: ``<id>.npz``.
+        need: the arrays that must be there.
+        identity: that the file must have.
+        sealed: whether it must carry a checksum; one that is there must always be right.
 
     Raises:
-        UserError: the file is missing or broken, lacks an array of ``need``,
-            or holds NaN or a shape, type or value that does not belong there.
+        UserError: the file is missing or broken, lacks an array of ``need``, was changed since it was written, is that of
+            another image or run, or holds NaN or a shape, type or value that does not belong there.
     """
-    remedy = "delete it and run main.py again"
+    need = tuple(need)
     try:
-        check_stored(path)
-        with np.load(path, allow_pickle=False) as content:
-            maps = {name: content[name] for name in content.files}
+        maps: dict[str, Any] = dict(read_npz(path, lambda headers: _check_headers(path, headers, need)))
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}; {REMEDY}") from error
     except Exception as error:  # zipfile and numpy raise many kinds on broken bytes
-        raise UserError(f"{path} is not a map file of this program ({type(error).__name__}); {remedy}") from error
-    for name in (*need, "empty_cams", "fallbacks", "identity"):
-        if name not in maps:
-            raise UserError(f"{path} lacks {name}; {remedy}")
-    shape = maps["mean_prediction"].shape if "mean_prediction" in maps else ()
-    for name, kind in {**MAP_ARRAYS, **EXTRA_ARRAYS}.items():
+        raise UserError(f"{path} is not a map file of this program ({type(error).__name__}); {REMEDY}") from error
+    for name in (*MAP_ARRAYS, *EXTRA_ARRAYS):
         if name in maps:
-            values = maps[name]
-            if values.dtype != kind or values.ndim != 2 or values.shape != shape or values.size == 0:
-                raise UserError(f"{path}: {name} is {values.dtype} {values.shape}, not {np.dtype(kind)} (H, W); {remedy}")
-            if not np.isfinite(values).all():
-                raise UserError(f"{path}: {name} holds NaN or infinite values; {remedy}")
-    if IMAGE in maps and (maps[IMAGE].dtype != np.uint8 or maps[IMAGE].shape != (*shape, 3)):
-        raise UserError(f"{path}: {IMAGE} is {maps[IMAGE].dtype} {maps[IMAGE].shape}, not uint8 (H, W, 3); {remedy}")
-    numbers = (("empty_cams", "iu", int), ("fallbacks", "iu", int), ("identity", "U", str), ("pass_dice", "f", float))
-    for name, kinds, plain in numbers:
-        if name not in maps:  # only the last can be missing
-            continue
-        if maps[name].ndim != 0 or maps[name].dtype.kind not in kinds:
-            raise UserError(f"{path}: {name} is {maps[name].dtype} {maps[name].shape}; {remedy}")
-        maps[name] = plain(maps[name])
-    if "pass_dice" not in maps:
-        maps["pass_dice"] = math.nan
-    elif not 0 <= maps["pass_dice"] <= 1:
-        raise UserError(f"{path}: pass_dice is {maps['pass_dice']}, outside 0 to 1; {remedy}")
-    if "fusion" in maps:
-        maps["fusion"] = str(maps["fusion"])
-    return maps
+            _check_values(path, name, maps[name])
+    if "checksum" not in maps and sealed:
+        raise UserError(f"{path} carries no checksum; {REMEDY}")
+    if "checksum" in maps and str(maps["checksum"]) != maps_checksum(path, maps):
+        raise UserError(f"{path} was changed after the run wrote it, or is that of another image; {REMEDY}")
+    unsealed = maps.pop("checksum", None) is None
+    for name, (_, plain, low, high) in NUMBERS.items():
+        if name in maps:
+            maps[name] = plain(maps[name])
+            if plain is not str and not low <= maps[name] <= high:
+                raise UserError(f"{path}: {name} is {maps[name]}, outside {low:g} to {high:g}; {REMEDY}")
+    maps.setdefault("pass_dice", math.nan)
+    if identity is not None and maps["identity"] != identity:
+        raise UserError(f"{path} was not made by the run that is in its folder; {REMEDY}")
+    return {**maps, "unsealed": True} if unsealed else maps
+
+
+def _check_headers(path: Path, headers: Mapping[str, Header], need: tuple[str, ...]) -> None:
+    """Refuse arrays that lack, do not belong there, or have another type or shape."""
+    for name in (*need, "empty_cams", "fallbacks", "identity"):
+        if name not in headers:
+            raise UserError(f"{path} lacks {name}; {REMEDY}")
+    arrays = {**MAP_ARRAYS, **EXTRA_ARRAYS}
+    shape = headers["mean_prediction"].shape if "mean_prediction" in headers else ()
+    for name, found in headers.items():
+        if name in arrays:
+            if found.dtype != arrays[name] or len(found.shape) != 2 or found.shape != shape or 0 in shape:
+                raise UserError(f"{path}: {name} is {found}, not {np.dtype(arrays[name])} (H, W); {REMEDY}")
+        elif name == IMAGE:
+            if found.dtype != np.uint8 or found.shape != (*shape, 3):
+                raise UserError(f"{path}: {IMAGE} is {found}, not uint8 (H, W, 3); {REMEDY}")
+        elif name not in NUMBERS:
+            raise UserError(f"{path} holds an array {name!r:.40} that does not belong there; {REMEDY}")
+        elif found.shape != () or found.dtype.kind not in NUMBERS[name][0]:
+            raise UserError(f"{path}: {name} is {found}; {REMEDY}")
+
+
+def _check_values(path: Path, name: str, values: np.ndarray) -> None:
+    """Refuse values outside their range."""
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise UserError(f"{path}: {name} holds NaN or infinite values; {REMEDY}")
+    if low < 0 or high > LARGEST.get(name, math.inf):
+        must_be = f"from 0 to {LARGEST[name]:.6g}" if name in LARGEST else "0 or more"
+        raise UserError(f"{path}: {name} must be {must_be}; found values from {low:.6g} to {high:.6g}; {REMEDY}")
 
 
 def picture_of(maps: Mapping[str, Any]) -> np.ndarray:

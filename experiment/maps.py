@@ -16,15 +16,18 @@ from evaluation.fusion import Fusion
 from evaluation.names import PREDICTIVE, SALIENCY
 from experiment.checks import Range, check_first_image, check_predictive_range
 from experiment.map_files import EXTRA_ARRAYS, MAP_ARRAYS, read_maps, write_maps
+from experiment.memory import PassMemory
 from experiment.networks import Network, target_layer
 from experiment.results import unfinish
 from experiment.run import Run
-from isic.cache import DecodedPairs
+from experiment.saved_run import maps_are_sealed
+from isic.decoded import DecodedPairs
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
 from runtime.progress import progress_bar, stage, with_progress
-from runtime.records import fingerprint
+from runtime.records import fingerprint, read_json
+from runtime.resources import naming_shortage
 from uncertainty import UncertaintyMaps, flip_variance, uncertainty_maps
 
 #: Bytes of maps of one part that stay in memory; the others are read again whenever they are needed.
@@ -59,7 +62,7 @@ class SavedMaps:
         memory: int | None = None,
     ):
         self.folder, self.ids, self.device, self.threshold, self.memory = folder, list(ids), device, threshold, memory
-        self.names = (*MEASURED, *extra)
+        self.names, self.sealed = (*MEASURED, *extra), False
         self._kept: dict[str, dict[str, Any]] = {}
         self._facts: dict[str, Facts] = {}
         self._before: dict[str, str] = {}  # in a share of a part: the image before each one in the whole part
@@ -87,7 +90,7 @@ class SavedMaps:
         Raises:
             UserError: see :func:`read_maps`.
         """
-        return self._kept.get(id) or self.keep(id, read_maps(self.path(id), self.names))
+        return self._kept.get(id) or self.keep(id, read_maps(self.path(id), self.names, sealed=self.sealed))
 
     def keep(self, id: str, maps: dict[str, Any]) -> dict[str, Any]:
         """Hold the maps of one image in memory, if they fit; returns them without the fused score."""
@@ -101,11 +104,16 @@ class SavedMaps:
             self._kept[id] = maps
         return maps
 
+    def release(self) -> None:
+        """Keep no maps in memory; they are read again whenever they are needed."""
+        self.memory = 0
+        self._kept.clear()
+
     def shard(self, group: ProcessGroup) -> SavedMaps:
         """The part of the maps that one of several processes works on; what is in memory is shared."""
         mine, extra = group.shard(self.ids), self.names[len(MEASURED) :]
         part = SavedMaps(self.folder, mine, self.device, self.threshold, extra, self.memory)
-        part._kept, part._facts = self._kept, self._facts
+        part._kept, part._facts, part.sealed = self._kept, self._facts, self.sealed
         if len(mine) < len(self.ids):
             before = dict(zip(self.ids, [self.ids[-1], *self.ids[:-1]]))
             part._before = {id: before[id] for id in mine}
@@ -139,21 +147,21 @@ class SavedMaps:
         if not self.path(id).exists():
             return False
         try:
-            maps = read_maps(self.path(id), self.names)
+            maps = read_maps(self.path(id), self.names, identity, self.sealed)
         except UserError:
-            return False  # broken or of another version: made again
-        current = maps["identity"] == identity and not math.isnan(maps["pass_dice"])
-        return current and bool(self.keep(id, maps))
+            return False  # broken, changed, or of another image, run or version: made again
+        return not math.isnan(maps["pass_dice"]) and bool(self.keep(id, maps))
 
     def add_fused_scores(self, fusion: Fusion, group: ProcessGroup) -> None:
-        """Complete the files that lack the fused score, or hold that of another fusion."""
+        """Complete the files that lack the fused score or a checksum, or hold the score of another fusion."""
         for id in group.shard(self.ids):
             maps = self.read(id)
-            if maps["fusion"] == _name(fusion):
+            if maps["fusion"] == _name(fusion) and "unsealed" not in maps:
                 continue
             variances = (torch.from_numpy(maps[key]).to(self.device) for key in ("pred_variance", "saliency_variance"))
             self.write(id, {**maps, "fused_score": fusion(*variances).cpu().numpy(), "fusion": _name(fusion)})
             maps["fusion"] = _name(fusion)
+            maps.pop("unsealed", None)
 
     def write(self, id: str, maps: Mapping[str, Any]) -> None:
         """Save the arrays and numbers of one image, named as :func:`read_maps` gives them."""
@@ -161,6 +169,12 @@ class SavedMaps:
         write_maps(
             self.path(id), arrays, maps["empty_cams"], maps["identity"], maps["fallbacks"], maps["fusion"], maps["pass_dice"]
         )
+
+
+def must_be_sealed(results: Path) -> bool:
+    """Whether every map file in the folder of a run must carry a checksum."""
+    path = results / "config.json"
+    return maps_are_sealed(read_json(path)) if path.is_file() else True
 
 
 def _name(fusion: Fusion) -> str:
@@ -181,6 +195,7 @@ def extra_arrays(config: Config) -> tuple[str, ...]:
     return ("flip_variance",) if config.flips else ()
 
 
+@naming_shortage("maps", "lower --image-size or --width")
 def make_maps(
     run: Run, model: Network, pairs: DecodedPairs, part: str, ids: Sequence[str], fusion: Fusion | None = None
 ) -> SavedMaps:
@@ -205,6 +220,8 @@ def make_maps(
     config, group, device = run.config, run.group, run.group.device
     saved = SavedMaps(run.results / "uncertainty_maps" / part, ids, device, config.threshold, extra_arrays(config))
 
+    saved.sealed = group.shared(lambda: must_be_sealed(run.results))
+
     def find_missing() -> list[str]:
         found = [id for id in saved.ids if not saved.is_current(id, run.identity)]
         if found:
@@ -217,10 +234,14 @@ def make_maps(
     with progress_bar(f"maps of the {part} images", len(ids), "map", initial=len(ids) - len(missing)) as bar, \
             ThreadPoolExecutor(2) as writer:
         pending: list[Future[None]] = []
+        memory = PassMemory(saved.release)
         for names, images, masks in batches(pairs, mine, together, device):
-            made, flips = _make(run, model, names, images)
+            made, flips = _make(run, model, names, images, memory)
             if names[0] == mine[0]:
-                check_first_image(made, _make(run, model, names[:1], images[:1])[0], names[0])
+                chunk, again = memory.chunk, _make(run, model, names[:1], images[:1], memory)[0]
+                if memory.chunk != chunk:
+                    made, flips = _make(run, model, names, images, memory)
+                check_first_image(made, again, names[0])
             for id, maps in _by_image(run, names, made, masks, flips, fusion):
                 saved.keep(id, maps)
                 pending.append(writer.submit(saved.write, id, maps))
@@ -235,11 +256,17 @@ def make_maps(
     return saved
 
 
-def _make(run: Run, model: Network, names: list[str], images: torch.Tensor) -> tuple[UncertaintyMaps, torch.Tensor | None]:
+def _make(
+    run: Run, model: Network, names: list[str], images: torch.Tensor, memory: PassMemory
+) -> tuple[UncertaintyMaps, torch.Tensor | None]:
     """The maps of some images, and their variance over flips where it is asked for."""
-    try:
-        maps = uncertainty_maps(model, images, image_ids=names, **map_options(run.config, model))
+
+    def make(chunk: int | None) -> tuple[UncertaintyMaps, torch.Tensor | None]:
+        maps = uncertainty_maps(model, images, image_ids=names, chunk=chunk, **map_options(run.config, model))
         return maps, flip_variance(model, images) if extra_arrays(run.config) else None
+
+    try:
+        return memory.run(make, f"maps of {names[0]}")
     except ValueError as error:  # weights that overflow; the message names the image
         given = run.config.model_weights
         advice = f"look at {given}" if given else f"delete {run.results / 'weights'} and train again, with a lower --lr"

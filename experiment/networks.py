@@ -30,6 +30,7 @@ from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
 from runtime.records import check_stored, fingerprint, write_csv
+from runtime.tensor_files import check_dense
 from uncertainty import mc_dropout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +274,8 @@ def read_state(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in _tensors_in(content):
+            check_dense(tensor)
     except OSError as error:
         raise UserError(f"cannot read --model-weights {path}: {error.strerror or error}") from error
     except Exception as error:  # the restricted unpickler raises almost anything on foreign bytes
@@ -294,6 +297,15 @@ def read_state(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not content.keys() & expected.keys() and all(name.startswith(prefix) for name in content):
             content = {name[len(prefix):]: tensor for name, tensor in content.items()}
     return content
+
+
+def _tensors_in(content: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Every tensor in nested mappings; those elsewhere are not used."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict) and depth <= len(NESTINGS):
+        for value in content.values():
+            yield from _tensors_in(value, depth + 1)
 
 
 def is_state(content: Mapping[Any, Any]) -> bool:

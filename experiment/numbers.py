@@ -20,7 +20,9 @@ from experiment.pooling import conclude_run, read_training
 from experiment.results import write_counts
 from experiment.run import Run
 from experiment.targets import CountedTarget, TargetSet, count_targets, target_numbers
+from runtime.files import remove
 from runtime.progress import resampling_bar, stage
+from runtime.resources import naming_shortage
 
 
 class Numbers(NamedTuple):
@@ -35,6 +37,7 @@ class Numbers(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+@naming_shortage("evaluation", "lower --resamples, --bins or --image-size")
 def measure(
     run: Run, tuned: Tuned, validation: SavedMaps, test: SavedMaps, groups: Mapping[str, str] | None = None,
     targets: Sequence[tuple[TargetSet, SavedMaps]] = (),
@@ -89,7 +92,7 @@ def measure_targets(run: Run, make: Callable[[Fusion], Sequence[tuple[TargetSet,
 
     def compute() -> Numbers:
         write_counts(run, *counted, {one.target.name: one.counters for one in others})
-        own = {name: value for name, value in finished.metrics.items() if name not in ("checksum", "targets")}
+        own = {name: value for name, value in finished.metrics.items() if name not in ("checksum", "files", "targets")}
         metrics = {**own, "numbers_from": str(finished.folder), "warnings": [
             warning for warning in own.get("warnings", ()) if warning.get("target") is None
         ]}
@@ -110,7 +113,7 @@ def _add_targets(
     found = dict(zip((one.target.name for one in others), numbers))
     for path in run.results.glob("per_image_*.csv"):
         if path.stem[len("per_image_"):] not in found:
-            path.unlink()
+            remove(path)
     if found:
         metrics["targets"] = found
         metrics["warnings"] += [{**warning, "target": name} for name, one in found.items() for warning in one["warnings"]]

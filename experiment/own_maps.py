@@ -18,7 +18,7 @@ import torch
 from experiment.case_images import MAPS
 from experiment.given_files import TAKEN_NAMES, Facts, facts_of, read_given
 from experiment.map_files import NO_HEATMAPS, picture_of, read_maps, write_maps
-from experiment.maps import MEASURED, SavedMaps
+from experiment.maps import MEASURED, SavedMaps, must_be_sealed
 from experiment.results import RESULTS, claim_folder, environment, unfinish
 from experiment.run import Run
 from experiment.terms import STANDARD_NAMES, Terms, displayed
@@ -27,6 +27,7 @@ from runtime.config import IDENTITY_FIELDS, MAPS_FLAGS, Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
 from runtime.progress import progress_bar, stage
+from runtime.reading import real_path
 from runtime.records import fingerprint, read_json
 
 PARTS = ("validation", "test")
@@ -107,7 +108,7 @@ def _files(folders: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
     """The files of each part by id, sorted."""
     found = {part: _files_of(folder) for part, folder in folders.items()}
     one, other = (folders[part] for part in PARTS)
-    if one.resolve() == other.resolve():
+    if real_path(one) == real_path(other):
         raise UserError(f"--maps names {one} twice; give the maps of other images for validation and for test")
     for id in found[PARTS[0]]:
         if id in found[PARTS[1]]:
@@ -199,7 +200,7 @@ def maps_folder(config: Config) -> Path:
     """The results folder: the one that was named, or one called after the folder around that of the validation maps."""
     if config.results is not None:
         return Path(config.results)
-    validation = Path((config.maps or [""])[0]).resolve()
+    validation = real_path((config.maps or [""])[0])
     names = [folder.name for folder in validation.parents if folder.name not in ("", MAPS)]
     return RESULTS / f"maps-{(names or [validation.name])[0].lower()}"
 
@@ -218,7 +219,7 @@ def claim_maps(results: Path, config: Config, given: GivenMaps, group: ProcessGr
 
     def claim() -> str:
         for folder in given.folders.values():
-            if (results / MAPS).resolve() in (folder.resolve(), *folder.resolve().parents):
+            if real_path(results / MAPS) in (real_path(folder), *real_path(folder).parents):
                 raise UserError(f"--maps {folder} lies in {results}, where this run would write; give another --results folder")
         path = results / "config.json"
         if path.exists() and not config.fresh and "maps" not in read_json(path):
@@ -244,7 +245,7 @@ def _record(config: Config, given: GivenMaps, device: torch.device) -> dict[str,
         "decides": inputs,
         "synthetic": False,
         "maps": {
-            **{part: str(folder.resolve()) for part, folder in given.folders.items()}, "fingerprint": given.content,
+            **{part: str(real_path(folder)) for part, folder in given.folders.items()}, "fingerprint": given.content,
             "scores": list(given.scores), "expected_entropy": given.entropy, "without_image": given.without_image,
         },
         "score_names": displayed(given.scores),
@@ -279,10 +280,10 @@ class TakenMaps(SavedMaps):
     def is_current(self, id: str, identity: str) -> bool:
         """Whether a map file is there, whole, and taken over by this very run; its fused score may be missing."""
         try:
-            maps = read_maps(self.path(id), self.names)
+            maps = read_maps(self.path(id), self.names, identity, self.sealed)
         except UserError:
-            return False  # absent or broken: taken over again
-        return maps["identity"] == identity and bool(self.keep(id, maps))
+            return False  # absent, broken, changed, or of another image or run: taken over again
+        return bool(self.keep(id, maps))
 
     def picture(self, id: str) -> np.ndarray:
         """The image, or what stands in its place."""
@@ -306,6 +307,7 @@ def take_maps(run: Run, given: GivenMaps, part: str) -> TakenMaps:
         UserError: a file cannot be read any more, or written.
     """
     group, taken = run.group, TakenMaps(run, given, part)
+    taken.sealed = group.shared(lambda: must_be_sealed(run.results))
 
     def find_missing() -> list[str]:
         found = [id for id in taken.ids if not taken.is_current(id, run.identity)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,15 +20,18 @@ from evaluation.conclusion import DEFAULT_MARGINS, ENDPOINT_NAMES, PERMUTATIONS,
 from evaluation.counting import Counters
 from evaluation.fusion import Fusion
 from evaluation.names import SCHEMA_VERSION
+from experiment.saved_counts import read_counts
 from experiment.saved_fusion import fusion_of
-from experiment.saved_run import PooledRun
+from experiment.saved_run import PooledRun, check_belongs, read_any_record, read_metrics
+from experiment.tables import check_mark
 from experiment.terms import Terms
 from runtime.config import Config
-from runtime.errors import UserError, one_line
-from runtime.files import remove_partials
+from runtime.errors import UserError
+from runtime.files import remove, remove_partials
 from runtime.lock import FolderLock
 from runtime.progress import progress_bar
-from runtime.records import fingerprint, read_json, read_sealed, seal, write_json
+from runtime.reading import real_path
+from runtime.records import fingerprint, read_json, seal, write_json
 
 POOLED = Path("results/pooled")
 #: Resamples that a conclusion takes at most: each of them refits scales, lambda and recalibration.
@@ -119,51 +120,33 @@ def read_training(folder: Path) -> FinishedTraining:
     """
     if not (folder / "metrics.json").is_file():
         raise UserError(f"{folder} holds no finished run (no metrics.json); finish it, or name another folder")
-    metrics, record = read_sealed(folder / "metrics.json"), read_json(folder / "config.json")
-    if "pooled" in metrics:
+    metrics, record = read_metrics(folder), read_any_record(folder)
+    if "pooled" in metrics or "pooled" in record:
         raise UserError(f"{folder} is a pool itself; name the folders of its trainings")
-    if "config_identity" not in metrics:
+    if "config_identity" not in metrics or "identity" not in metrics:
         raise _of_another_version(folder)
     inputs = record.get("decides")
     identity = fingerprint(inputs)
     if not isinstance(inputs, dict) or not identity == record.get("identity") == metrics["config_identity"]:
         raise UserError(f"{folder / 'metrics.json'} does not belong to the config.json beside it; run main.py again")
-    seed = int(inputs["seed"])
-    parts = read_counts(folder / "calibration.npz", str(metrics["identity"]))
+    check_belongs(folder, metrics, record)
+    seed = _seed_of(inputs, folder)
+    check_mark(folder / "calibration.npz", metrics)
+    ids = {TARGET + entry["name"]: entry["ids"] for entry in record.get("targets", ())}
+    parts = read_counts(folder / "calibration.npz", str(metrics["identity"]), {**record["split"], **ids})
+    if any(name not in counts.images for counts in parts.values() for name in NEEDED):
+        raise _of_another_version(folder)
     fusion = fusion_of(metrics, folder / "metrics.json")
     result = TrainingResult(f"seed-{seed}", seed, fusion, parts.pop("validation"), parts.pop("test"))
     targets = {name[len(TARGET):]: counts for name, counts in parts.items() if name[len(TARGET):] in metrics.get("targets", ())}
     return FinishedTraining(folder, metrics, record, result, targets)
 
 
-def read_counts(path: Path, identity: str) -> dict[str, Counters]:
-    """The counts that :func:`experiment.results.write_counts` saved, by part: "validation", "test", "target:<name>".
-
-    Args:
-        path: the file.
-        identity: of the run that they must be of.
-
-    Raises:
-        UserError: the file is missing, damaged, of another run or of another version.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            found = str(content["identity"])
-            arrays: dict[str, dict[str, np.ndarray]] = {"validation": {}, "test": {}}
-            for name in content.files:
-                part, slash, array = name.partition("/")
-                if slash:
-                    arrays.setdefault(part, {})[array] = content[name]
-        parts = {part: Counters.from_arrays(values) for part, values in arrays.items()}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}; run main.py again") from error
-    except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} does not hold the counts of a run ({one_line(error)}); run main.py again") from error
-    if found != identity:
-        raise UserError(f"{path} is not of the run that the metrics.json beside it describes; run main.py again")
-    if any(name not in counts.images for counts in parts.values() for name in NEEDED):
-        raise _of_another_version(path.parent)
-    return parts
+def _seed_of(inputs: Mapping[str, Any], folder: Path) -> int:
+    seed = inputs.get("seed")
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"{folder / 'config.json'} does not say which seed the run had; run main.py again")
+    return seed
 
 
 def _of_another_version(folder: Path) -> UserError:
@@ -257,7 +240,7 @@ def write_pool(config: Config, folders: Sequence[Path], results: Path, draw: Cal
         UserError: see :func:`pool_trainings`; what was written before stays.
     """
     metrics, record = pool_trainings(folders, results, config)
-    (results / "metrics.json").unlink(missing_ok=True)
+    remove(results / "metrics.json")
     write_json(results / "config.json", record)
     draw(PooledRun(results, metrics, record))
     write_json(results / "metrics.json", metrics)  # last: its presence says that the pool is finished
@@ -323,7 +306,7 @@ def pool_trainings(folders: Sequence[Path], results: Path, config: Config) -> Po
             [training.folder for training in trainings], bins=int(trainings[0].record["configuration"]["bins"]),
             resamples=config.resamples, seed=trainings[0].result.seed,
         )
-    return Pool(seal(metrics), _record(trainings, results, config))
+    return Pool(seal(metrics), seal(_record(trainings, results, config)))
 
 
 def _mean_test(tests: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
@@ -399,5 +382,5 @@ def _record(trainings: Sequence[FinishedTraining], results: Path, config: Config
 
 def _seen_from(results: Path, folder: Path) -> str:
     """The path of a folder from the results folder where it lies inside, else from the root."""
-    inside, outside = folder.resolve(), results.resolve()
+    inside, outside = real_path(folder), real_path(results)
     return inside.relative_to(outside).as_posix() if outside in inside.parents else os.fspath(inside)

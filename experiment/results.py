@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,20 +15,24 @@ import torch
 
 from dataset import Data
 from evaluation.counting import Counters
-from experiment.networks import network_inputs
+from experiment.networks import network_inputs, take_weights
 from experiment.run import Run
+from experiment.saved_run import check_belongs, maps_are_sealed, read_metrics
+from experiment.saved_schemas import fits_record
 from experiment.source_run import finished_record
-from isic.cache import DecodedPairs
+from experiment.tables import LOG, check_mark
+from isic.decoded import DecodedPairs
 from isic.source import Source, find_targets
 from runtime.checkpoints import load_checkpoint, state_fingerprint
 from runtime.config import AFTER_TRAINING, Config
 from runtime.devices import training_precision
 from runtime.errors import UserError
-from runtime.files import atomic_write, remove_partials
+from runtime.files import atomic_write, remove, remove_partials, remove_tree
 from runtime.lock import FolderLock
 from runtime.processes import ProcessGroup
 from runtime.progress import complain
-from runtime.records import fingerprint, read_json, read_sealed, write_json
+from runtime.reading import check_regular, real_path
+from runtime.records import fingerprint, is_sealed, read_json, seal, write_json
 
 RESULTS = Path("results")
 #: The numbers of a finished run; the first says that it is finished.
@@ -43,7 +46,7 @@ def results_folder(config: Config, source: Source) -> Path:
     """
     if config.results is None and config.weights_from is not None and (config.test_data or config.test_images):
         names = "-".join(target.name for target in find_targets(config))
-        return RESULTS / f"{Path(config.weights_from).resolve().name}-on-{names}"
+        return RESULTS / f"{real_path(config.weights_from).name}-on-{names}"
     quick = "-quick" if config.quick and not source.synthetic else ""
     several = "-trainings" if config.trainings > 1 else ""
     return Path(config.results or RESULTS / f"{source.name}{quick}{several}")
@@ -129,10 +132,13 @@ def claim_folder(results: Path, record: dict[str, Any], fresh: bool) -> str:
     if path.exists():
         old = read_json(path)
         _refuse_other_settings(results, old, record["decides"])
-        record["earlier"] = _earlier_environments(old, record)
+        if fits_record(old) and ("checksum" not in old or is_sealed(old)):
+            record["earlier"] = _earlier_environments(old, record)
+            if not maps_are_sealed(old):  # made by an earlier version, at least in part
+                record["maps_unsealed"] = True
     else:  # what is there cannot be this run's
         unfinish(results)
-    write_json(path, record)
+    write_json(path, seal(record))
     return str(record["identity"])
 
 
@@ -149,7 +155,7 @@ def identity_inputs(results: Path, config: Config, data: Data | None, device: to
         UserError: see :func:`finished_weights`; or the run would take its own weights.
     """
     source = None if config.weights_from is None else Path(config.weights_from)
-    if source is not None and source.resolve() == results.resolve():
+    if source is not None and real_path(source) == real_path(results):
         raise UserError(f"--weights-from names {results}, where this run would write; give another --results folder")
     taken: Mapping[str, Any] = {} if source is None else finished_record(source).get("decides", {})
     if data is None:
@@ -191,8 +197,8 @@ def _facts(source: Source, data: Data) -> dict[str, Any]:
     """What ``config.json`` says of the images of a run."""
     facts = {
         "synthetic": source.synthetic,
-        "images": str(source.images.resolve()),
-        "masks": str(source.masks.resolve()),
+        "images": str(real_path(source.images)),
+        "masks": str(real_path(source.masks)),
         "data_fingerprint": data.pairs.fingerprint(),
         "split": data.split._asdict(),
         "skipped": [entry._asdict() for entry in data.skipped],
@@ -272,17 +278,15 @@ def _shown(value: Any) -> str:
 
 def unfinish(results: Path) -> None:
     """Delete the numbers of a finished run, because something they came from is about to be made again."""
-    for path in (*(results / name for name in NUMBERS), *results.glob("per_image_*.csv")):
-        path.unlink(missing_ok=True)
+    remove(*(results / name for name in NUMBERS), *results.glob("per_image_*.csv"))
 
 
 def clear_results(results: Path) -> None:
     """Delete what a run leaves behind, and nothing else."""
     unfinish(results)
-    for name in ("config.json", "training_log.csv"):
-        (results / name).unlink(missing_ok=True)
+    remove(*(results / name for name in ("config.json", "training_log.csv")))
     for name in ("weights", "uncertainty_maps", "figures"):
-        shutil.rmtree(results / name, ignore_errors=True)
+        remove_tree(results / name)
 
 
 # ---------------------------------------------------------------- weights of another run
@@ -311,7 +315,8 @@ def finished_weights(source: Path, inputs: Mapping[str, Any]) -> str:
         UserError: there is no finished run, its weights are not those it was
             evaluated with, or it was trained in another way or on other data.
     """
-    record, metrics = finished_record(source), read_sealed(source / "metrics.json")
+    record, metrics = finished_record(source), read_metrics(source)
+    check_belongs(source, metrics, record)
     best = source / "weights" / "best_model.pth"
     weights = state_fingerprint(load_checkpoint(best)["model"])
     if metrics.get("identity") != fingerprint([record.get("identity"), weights]):
@@ -326,10 +331,28 @@ def finished_weights(source: Path, inputs: Mapping[str, Any]) -> str:
     return weights
 
 
+def take_weights_of(config: Config, results: Path, identity: str) -> None:
+    """Put the weights of ``--weights-from`` or of ``--model-weights`` into a results folder, in place of a training.
+
+    Raises:
+        UserError: see :func:`copy_weights` and :func:`experiment.networks.take_weights`.
+    """
+    if config.weights_from is not None:
+        copy_weights(Path(config.weights_from), results)
+    else:
+        take_weights(config, results, identity)
+
+
 def copy_weights(source: Path, results: Path) -> None:
-    """Copy the best weights and the training log of one results folder into another."""
+    """Copy the best weights and the training log of one results folder into another.
+
+    Raises:
+        UserError: a file cannot be read or written, or the log is not that of the finished run.
+    """
+    check_mark(source / LOG, read_metrics(source))
     for name in ("weights/best_model.pth", "training_log.csv"):
         try:
+            check_regular(source / name)
             content = (source / name).read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {source / name}: {error.strerror or error}") from error

@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from experiment.saved_run import read_any_record
 from isic.tables import Fixed, read_groups
 from runtime.config import IDENTITY_FIELDS, QUICK, Config
 from runtime.errors import UserError
-from runtime.records import read_json
 
 #: Settings that are taken as well, though they decide neither weights nor maps: what is left out, what is said.
 ALSO_TAKEN = ("skip_bad", "data_note", "resamples", "margin")
@@ -57,24 +57,22 @@ def finished_record(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "metrics.json").is_file():
         raise UserError(f"--weights-from {folder} holds no finished run (no metrics.json); finish it, or name another folder")
-    record = read_json(folder / "config.json")
+    record = read_any_record(folder)
     if "pooled" in record:
         names = ", ".join(str(entry["folder"]) for entry in record["pooled"])
         raise UserError(f"--weights-from {folder} pools several trainings; name one of them: {names}")
     if "maps" in record:
         raise UserError(f"--weights-from {folder} judged maps that were made elsewhere and has no weights; name another run")
-    if not isinstance(record.get("configuration"), dict):
-        raise UserError(f"{folder / 'config.json'} does not say how the run was made; name another run")
     return record
 
 
 def _is_pooled(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and "pooled" in read_json(folder / "config.json")
+    return (folder / "config.json").is_file() and "pooled" in read_any_record(folder)
 
 
 def _seeds_inside(folder: Path) -> list[int]:
     """The seeds of pooled trainings that lie in the folder of the pool and follow each other."""
-    names = [entry["folder"] for entry in read_json(folder / "config.json")["pooled"]]
+    names = [entry["folder"] for entry in read_any_record(folder)["pooled"]]
     seeds = sorted(int(name[5:]) for name in names if name.startswith("seed-") and name[5:].isdigit())
     if len(seeds) < len(names) or seeds != list(range(seeds[0], seeds[0] + len(seeds))):
         raise UserError(

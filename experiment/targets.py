@@ -26,7 +26,7 @@ from experiment.networks import Network
 from experiment.pooling import conclude_run
 from experiment.results import content_mark
 from experiment.run import Run
-from isic.cache import DecodedPairs
+from isic.decoded import DecodedPairs
 from isic.layout import SkippedPair, find_pairs
 from isic.source import TargetFolders, find_targets
 from isic.tables import read_groups
@@ -34,6 +34,7 @@ from runtime.config import Config
 from runtime.errors import UserError, printable
 from runtime.processes import ProcessGroup
 from runtime.progress import complain, stage
+from runtime.reading import real_path
 from runtime.records import fingerprint, write_csv
 
 
@@ -85,7 +86,7 @@ class TargetSet(NamedTuple):
     def record(self) -> dict[str, Any]:
         """What ``config.json`` says of it."""
         return {
-            "name": self.name, "images": str(self.folders.images.resolve()), "masks": str(self.folders.masks.resolve()),
+            "name": self.name, "images": str(real_path(self.folders.images)), "masks": str(real_path(self.folders.masks)),
             "ids": self.pairs.ids, "skipped": [entry._asdict() for entry in self.skipped],
             "fingerprint": self.pairs.fingerprint(), **({"groups": self.groups} if self.groups else {}),
         }
@@ -112,6 +113,8 @@ def prepare_targets(config: Config, fitted_on: FittedOn, group: ProcessGroup) ->
         return [_prepared(folders, config, fitted_on, table) for folders in find_targets(config)]
 
     targets = group.shared(prepare)
+    if group.world_size > 1:  # the main process has just read them
+        group.each(lambda: sum(target.pairs.check() for target in targets))
     for target in targets:
         stage("test set", f"{target.name}: {len(target.pairs.ids)} images")
     return targets

@@ -11,11 +11,12 @@ import torch
 from evaluation.fusion import Fusion
 from experiment.networks import Network, UserNetwork, architecture, load_network
 from experiment.saved_fusion import fusion_of
+from experiment.saved_run import read_metrics, read_record
 from runtime.checkpoints import weights_fingerprint
 from runtime.config import IDENTITY_FIELDS, Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
-from runtime.records import fingerprint, read_json, read_sealed
+from runtime.records import fingerprint
 
 
 class TrainedRun(NamedTuple):
@@ -41,7 +42,7 @@ def load_trained_run(folder: Path, device: torch.device) -> TrainedRun:
         UserError: a file is missing, damaged, or was changed after the run wrote it; or the factory of ``--model``
             is gone, or makes another network than it did.
     """
-    record, metrics = read_json(folder / "config.json"), read_sealed(folder / "metrics.json")
+    record, metrics = read_record(folder), read_metrics(folder)
     config = Config.from_dict(record.get("configuration"), folder / "config.json")
     inputs = record.get("decides") or {}
     # the precision of training is recorded as "auto" was resolved

@@ -24,6 +24,7 @@ from experiment.terms import terms_of
 from reporting.formats import MISSING, SCORE_NAMES, is_number, number, percent, signed, signed_span, spaced, span
 from reporting.style import STYLE, save_figure, stamped
 from runtime.errors import UserError
+from runtime.files import remove
 
 # Okabe and Ito's palette; lines differ in dashes and marks in shape as well.
 SCORE_COLOURS = {"predictive_variance": "#0072B2", "saliency_variance": "#D55E00", "fused": "#007A5A"}
@@ -382,7 +383,7 @@ def draw_run_figures(run: SavedRun) -> list[Path]:
     for name, draw in RUN_FIGURES.items():
         path = run.folder / "figures" / f"{name}.png"
         if name == "training" and not run.log:
-            path.unlink(missing_ok=True)
+            remove(path)
             continue
         try:
             with matplotlib.rc_context(STYLE):

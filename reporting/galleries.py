@@ -26,12 +26,16 @@ class Candidates(NamedTuple):
         folder: where the map files lie.
         scales: the run's normalisation constants (low, high) under "pred_variance" and "saliency_variance".
         seed: of the random rule.
+        identity: that the maps must have; None where that is not known.
+        sealed: whether every map file must carry a checksum.
     """
 
     rows: Sequence[Mapping[str, Any]]
     folder: Path
     scales: Mapping[str, Sequence[float]]
     seed: int
+    identity: str | None = None
+    sealed: bool = False
 
     def maps(self, id: str, need: Sequence[str]) -> dict[str, Any]:
         """The maps of one image.
@@ -39,7 +43,7 @@ class Candidates(NamedTuple):
         Raises:
             UserError: the file is missing or broken, or lacks a map of ``need``.
         """
-        return read_maps(self.folder / f"{id}.npz", need)
+        return read_maps(self.folder / f"{id}.npz", need, self.identity, self.sealed)
 
 
 class Rule(NamedTuple):

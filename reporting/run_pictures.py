@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiment.case_images import ImageSet
+from experiment.case_images import ImageSet, named_set
 from experiment.saved_run import SavedRun
 from experiment.terms import terms_of
 from reporting.charts import draw_run_figures
@@ -16,10 +16,13 @@ from reporting.galleries import RULES, Candidates, ImageReader, gallery_figure
 from reporting.report import write_report
 from reporting.style import save_figure
 from reporting.target_charts import draw_targets
+from runtime.files import remove
+from runtime.resources import naming_shortage
 
 ROWS = 3  # of the galleries that every run draws
 
 
+@naming_shortage("drawing", "close other programs")
 def draw_run(run: SavedRun, read: ImageReader | None = None) -> list[Path]:
     """Draw all figures of a run and write its report; returns the files.
 
@@ -51,7 +54,7 @@ def draw_galleries(run: SavedRun, read: ImageReader, names: Sequence[str] = tupl
         path = run.folder / "figures" / f"gallery_{name}.png"
         figure = draw_gallery(run, name, ROWS, run_seed(run), read)
         if figure is None:
-            path.unlink(missing_ok=True)
+            remove(path)
         else:
             paths.append(save_figure(figure, path, terms_of(run)))
     return paths
@@ -78,8 +81,8 @@ def draw_gallery(
 
 def candidates_of(run: SavedRun, seed: int, images: ImageSet | None = None) -> Candidates:
     """The saved test images of a run, or those of another test set, as the rules of the galleries look at them."""
-    maps = run.folder / "uncertainty_maps" / "test" if images is None else images.maps
-    return Candidates(run.rows, maps, run.metrics["normalisation"], seed)
+    shown = images or named_set(run.folder, run.record, None)
+    return Candidates(run.rows, shown.maps, run.metrics["normalisation"], seed, shown.identity(run.metrics), shown.sealed)
 
 
 def run_seed(run: SavedRun) -> int:

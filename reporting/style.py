@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,20 @@ def save_figure(figure: Figure, path: Path, terms: Terms = STANDARD) -> Path:
     with matplotlib.rc_context(STYLE), atomic_write(path) as stream:
         figure.savefig(stream, format=kind, dpi=DPI, **SAVE_OPTIONS.get(kind, {}))
     return path
+
+
+def short_name(name: str) -> str:
+    """A file name that file systems take: one of more than 200 bytes keeps its beginning, its suffix and a checksum.
+
+    Example:
+        >>> short_name("case_" + "a" * 250 + ".png").startswith("case_aaa"), len(short_name("a" * 300 + ".png"))
+        (True, 142)
+    """
+    if len(os.fsencode(name)) <= 200:
+        return name
+    stem, suffix = os.path.splitext(name)
+    start = os.fsencode(stem)[:121].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{suffix}"
 
 
 def _word(figure: Figure, terms: Terms) -> None:

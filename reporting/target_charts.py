@@ -18,6 +18,7 @@ from reporting.pooled_charts import COLUMNS, MARGIN_COLOUR
 from reporting.quotes import Quotes
 from reporting.style import STYLE, save_figure, stamped
 from reporting.targets import FIGURE, sets_of
+from runtime.files import remove
 
 SOURCE_COLOUR, TARGET_COLOUR = "#1c1d1f", "#0072B2"
 
@@ -74,7 +75,7 @@ def draw_targets(run: SavedRun | PooledRun) -> list[Path]:
     """Draw the figure of the other test sets into the ``figures`` folder; without other sets none stays there."""
     path = run.folder / "figures" / f"{FIGURE}.png"
     if not run.metrics.get("targets"):
-        path.unlink(missing_ok=True)
+        remove(path)
         return []
     with matplotlib.rc_context(STYLE):
         figure = targets_figure(run.metrics)

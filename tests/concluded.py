@@ -20,6 +20,10 @@ from runtime.records import fingerprint, seal, write_json
 OUTCOMES = ("better", "worse", "equivalent", "different but negligible", "undecided", "not defined")
 
 
+#: Of the counts of an image that a pool needs.
+SHAPES = {"joint": (3, 4, 64, 64), "cell_sums": (2, 64), "largest": (2,), "error_cells": (2, 2, 12, 24, 12)}
+
+
 def conclusion_of(seeds: Sequence[int] = (42,), margins: Mapping[str, float] | None = None) -> dict[str, Any]:
     """A conclusion from these seeds in which each endpoint has another outcome, and no two numbers are alike."""
     count = len(seeds)
@@ -63,7 +67,7 @@ def conclusion_of(seeds: Sequence[int] = (42,), margins: Mapping[str, float] | N
         "trainings": count, "seeds": list(seeds), "resamples": 1000, "level": 0.95, "equivalence_level": 0.9,
         "sentence": f"Made up: foreground ECE is better in {count}.", "null_result": False,
         "notes": ["One training: made up."] if count == 1 else [],
-        "endpoints": endpoints, "controls": controls, "lambda": [0.5 + index / 8 for index in range(count)],
+        "endpoints": endpoints, "controls": controls, "lambda": [(4 + index) % 9 / 8 for index in range(count)],
         "measures": {
             procedure: {
                 measure: {"value": (row + 1) / 16 + column / 128, "by_training": [(row + 1) / 16] * count}
@@ -89,7 +93,10 @@ def make_training(
     """
     decides = {**Config(seed=seed).experiment(), "data": "d", "skipped": [], **(inputs or {})}
     identity, whole = fingerprint(decides), f"identity of seed {seed}"
-    images = {name: np.zeros((len(ids), 1)) for name in NEEDED if name not in without}
+    images = {
+        name: np.zeros((len(ids), *SHAPES[name]), np.int32 if name in ("joint", "error_cells") else np.float64)
+        for name in NEEDED if name not in without
+    }
     arrays = Counters(tuple(ids), (), (), 15, images, {}, np.zeros((0, 0))).to_arrays()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(
@@ -116,7 +123,7 @@ def make_pooled(folder: Path, seeds: Sequence[int] = (42, 43, 44), **metrics: An
     write_json(folder / "metrics.json", seal({
         "schema_version": 1, "synthetic": True, "data_note": "tiny discs", "verdict": conclusion["sentence"],
         "pooled": [
-            {"name": name, "seed": seed, "identity": name * 2, "dice": 0.75 + index / 64, "lambda": 0.5 + index / 8}
+            {"name": name, "seed": seed, "identity": name * 2, "dice": 0.75 + index / 64, "lambda": (4 + index) % 9 / 8}
             for index, (name, seed) in enumerate(zip(names, seeds))
         ],
         "conclusion": conclusion, "test": {"images": 60, "dice": 0.765625}, **metrics,

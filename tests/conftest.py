@@ -8,8 +8,9 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiment.saved_run import SavedRun  # noqa: E402
 from isic.layout import ISIC_IMAGES, ISIC_MASKS  # noqa: E402
+from runtime.records import seal, write_json  # noqa: E402
 
 torch.set_num_threads(1)  # sums in the same order in every process
 os.environ.pop("DISPLAY", None)
@@ -46,6 +48,11 @@ def write_pairs(root: Path, count: int, size: tuple[int, int] = (48, 40), seed: 
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 tiny pairs; tests do not change them."""
     return write_pairs(tmp_path_factory.mktemp("tiny"), 24)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file with a checksum that is right, whatever was edited in it."""
+    write_json(path, seal({name: value for name, value in content.items() if name != "checksum"}))
 
 
 class Outcome(NamedTuple):

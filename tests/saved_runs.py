@@ -18,12 +18,20 @@ from PIL import Image
 
 from evaluation import evaluate
 from experiment.map_files import write_maps
-from experiment.saved_run import SavedRun, load_run
+from experiment.saved_run import SavedRun, load_run, sealed_metrics
 from runtime.config import Config
-from runtime.records import seal, write_csv, write_json
+from runtime.records import fingerprint, seal, write_csv, write_json
 
 NAMES = ("mean_prediction", "pred_variance", "saliency_variance", "expected_entropy", "true_mask")
 SKIN = (200, 150, 140)
+#: What every ``config.json`` and every ``metrics.json`` holds, where a test is about something else in them.
+RECORD: dict[str, Any] = {
+    "configuration": {}, "images": "i", "masks": "m", "split": {"train": ["a"], "validation": ["b"], "test": ["c"]},
+}
+METRICS: dict[str, Any] = {
+    "synthetic": False, "lambda": 0.5, "normalisation": {"pred_variance": [0.0, 0.25], "saliency_variance": [0.0, 0.125]},
+    "test": {},
+}
 
 
 # ---------------------------------------------------------------- runs
@@ -62,19 +70,21 @@ def make_run(
         Image.new("RGB", (48, 48), SKIN).save(data / "images" / f"{id}.png")
         Image.fromarray(arrays["true_mask"] * 255).resize((48, 48)).save(data / "masks" / f"{id}.png")
     conclusion = conclusion_of()
+    inputs = Config(image_size=32).experiment()
     metrics = {**result.metrics, "synthetic": synthetic, "data_note": data_note, "minutes": 1.5, "skipped": [],
-               "conclusion": conclusion, "verdict": conclusion["sentence"]}
-    write_json(run / "metrics.json", seal(metrics))
+               "conclusion": conclusion, "verdict": conclusion["sentence"], "identity": "identity",
+               "config_identity": fingerprint(inputs)}
     write_csv(run / "per_image.csv", result.rows)
     epochs = [(1, 0.7, 0.6, 0.5), (2, 0.5, 0.55, 0.75), (3, 0.4, 0.56, 0.7)]
     names = ("epoch", "train_loss", "validation_loss", "validation_dice")
     write_csv(run / "training_log.csv", [dict(zip(names, row)) for row in epochs])
-    write_json(run / "config.json", {
-        "configuration": {**Config().to_dict(), "image_size": 32},
+    write_json(run / "config.json", seal({
+        "configuration": {**Config().to_dict(), "image_size": 32}, "decides": inputs, "identity": fingerprint(inputs),
         "images": str(data / "images"), "masks": str(data / "masks"),
         "split": {"train": ["a"], "validation": ["b"], "test": [id for id, _ in test.items]},
         "command": ["main.py", "--data", "a folder"], "device": "cpu", "device_name": "x", "versions": {"python": "3"},
-    })
+    }))
+    write_json(run / "metrics.json", sealed_metrics(metrics, run))
     return run
 
 

@@ -241,7 +241,7 @@ def test_files_that_claim_the_same_id_or_mask(tmp_path):
 
 def test_a_name_as_long_as_the_file_system_takes(tmp_path):
     path = tmp_path / ("x" * 251 + ".npz")
-    write_maps(path, {name: np.ones((4, 4), kind) for name, kind in MAP_ARRAYS.items()}, 0, "")
+    write_maps(path, {name: np.zeros((4, 4), kind) for name, kind in MAP_ARRAYS.items()}, 0, "")
     assert read_maps(path)["identity"] == ""
 
 
@@ -380,10 +380,16 @@ def test_checkpoints_that_are_hostile(tmp_path, monkeypatch):
     for content in (os.urandom(3000), b"", b"PK"):
         path.write_bytes(content)
         refused(lambda: load_checkpoint(path), "x.pth", "delete it")
-    for options in ({"width": 2**20}, {"width": -2}, {"width": "a"}, {"colour": 1}, None, 3):
+    for options in (None, 3, {"width": [2]}):
+        save_checkpoint(path, {"model": UNet(4).state_dict(), "options": options})
+        refused(lambda: load_model(path, UNet, CPU), "x.pth is not a checkpoint of this program: the file.options", "delete it")
+    for options in ({"width": 2**20}, {"width": -2}, {"width": "a"}, {"colour": 1}):
         save_checkpoint(path, {"model": UNet(4).state_dict(), "options": options})
         refused(lambda: load_model(path, UNet, CPU), "x.pth does not fit")
-    for model in ({}, None, {"a": 1}, UNet(4).double().state_dict()):
+    for model in (None, {"a": 1}):
+        save_checkpoint(path, {"model": model, "options": UNet(4).options})
+        refused(lambda: load_model(path, UNet, CPU), "x.pth is not a checkpoint of this program: the file.model", "delete it")
+    for model in ({}, UNet(4).double().state_dict(), UNet(4).bfloat16().state_dict()):
         save_checkpoint(path, {"model": model, "options": UNet(4).options})
         refused(lambda: load_model(path, UNet, CPU), "x.pth does not fit")
     state = UNet(4).state_dict()

@@ -26,6 +26,7 @@ from conftest import ROOT, TINY_FLAGS, process, write_pairs
 from isic.cache import decode_pairs
 from isic.decoding import decode_pair
 from isic.layout import find_pairs, isic_folders
+from runtime.files import Disk, disk
 from runtime.lock import FolderLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -39,6 +40,7 @@ def _child(log: str, arguments: list[str], plan: dict) -> None:
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    os.environ.update(plan.get("environment", {}))
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     import torch
 
@@ -72,23 +74,25 @@ def _child(log: str, arguments: list[str], plan: dict) -> None:
 
 def _die_at_write(count: int, moment: str) -> None:
     """kill -9 this process at its ``count``-th file: with half of it written, before its renaming, or after."""
-    replace, fsync, seen = os.replace, os.fsync, [0]
+    seen = [0]
 
-    def dying_fsync(descriptor: int) -> None:
-        seen[0] += 1
-        if seen[0] == count and moment == "half":
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(descriptor)
+    class Dying(Disk):
+        def sync(self, file) -> None:
+            seen[0] += 1
+            if seen[0] == count and moment == "half":
+                file.flush()
+                os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().sync(file)
 
-    def dying_replace(source: object, target: object) -> None:
-        if seen[0] >= count and moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if seen[0] >= count and moment == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+        def rename(self, source: Path, target: Path) -> None:
+            if seen[0] >= count and moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().rename(source, target)
+            if seen[0] >= count and moment == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.fsync, os.replace = dying_fsync, dying_replace
+    disk.__class__ = Dying
 
 
 @pytest.fixture(scope="module")
@@ -448,8 +452,9 @@ def test_two_runs_share_a_cache(start, tmp_path):
     data = write_pairs(tmp_path / "d", 24)
     pairs = find_pairs(*isic_folders(data))
     decode_pairs(pairs, 32, tmp_path / "cache")
-    for pair in pairs:
-        os.utime(pair.image, (1, 1))
+    others = write_pairs(tmp_path / "others", 24, seed=1)
+    shutil.rmtree(data)
+    others.rename(data)
     (folder,) = (tmp_path / "cache").iterdir()
     flags = ("--data", data, "--cache", tmp_path / "cache", *FLAGS, "--epochs", 1)
     with FolderLock(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, command, process, write_pairs
+from conftest import TINY_FLAGS, command, process, write_pairs, write_sealed
 from PIL import Image
 
 from evaluation.conclusion import ENDPOINT_NAMES
@@ -75,7 +75,7 @@ def test_config_keeps_the_versions_that_made_what_is_used_again(copied, tiny):
     path = copied / "config.json"
     record = json.loads(path.read_text())
     now, older = record["versions"], {**record["versions"], "torch": "1.0"}
-    path.write_text(json.dumps({**record, "versions": older}))
+    write_sealed(path, {**record, "versions": older})
     for _ in range(2):
         assert _run_again(copied, tiny).returncode == 0
         record = json.loads(path.read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_FLAGS, command, write_pairs
+from conftest import TINY_FLAGS, command, write_pairs, write_sealed
 
 from isic.layout import ISIC_IMAGES, ISIC_MASKS
 
@@ -58,7 +58,8 @@ def test_a_finished_run_goes_to_another_test_set_and_nothing_of_it_is_made_again
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     metrics, before = metrics_of(copied), metrics_of(finished)
     assert metrics["identity"] == before["identity"]
-    assert without(metrics, "targets", "warnings", "minutes", "checksum") == without(before, "warnings", "minutes", "checksum")
+    assert without(metrics, "targets", "warnings", "minutes", "checksum", "files") == without(
+        before, "warnings", "minutes", "checksum", "files")
     found = metrics["targets"]["clinic"]
     assert set(found) == {"test", "bootstrap", "conclusion", "shift", "warnings"}
     assert [warning["text"].startswith("clinic: ") for warning in found["warnings"]] == [True] * len(found["warnings"])
@@ -108,7 +109,7 @@ def test_weights_alone_are_enough_for_another_test_set_even_where_the_images_are
     shutil.copytree(tested, run)
     shutil.rmtree(run / "uncertainty_maps")
     record = {**record_of(run), "images": "/nowhere/images", "masks": "/nowhere/masks"}
-    (run / "config.json").write_text(json.dumps(record))
+    write_sealed(run / "config.json", record)
     outcome = command("--weights-from", run, "--test-data", clinic, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     found = tmp_path / "results" / "moved-on-clinic"

@@ -3,11 +3,12 @@ import re
 import shutil
 
 import pytest
+from conftest import write_sealed
 
 from docs.study import document
 from reporting.formats import number, percent, signed
 from runtime.errors import UserError
-from runtime.records import read_json, read_sealed, seal, write_json
+from runtime.records import fingerprint, read_json, read_sealed
 
 DOCS = document.ROOT / "docs"
 TEMPLATE = DOCS / "study" / "STUDY.template.md"
@@ -26,14 +27,16 @@ def runs(saved, tmp_path):
     """Results folders of all the runs of the study, from one of constructed maps."""
     metrics = read_sealed(saved / "metrics.json")
     del metrics["checksum"]
-    record = {**read_json(saved / "config.json"), "decides": {"data": "the images", "passes": 30, "width": 16, "image_size": 128}}
+    record = read_json(saved / "config.json")
+    inputs = {"data": "the images", "passes": 30, "width": 16, "image_size": 128}
     for index, name in enumerate(NAMES):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         for file in ("per_image.csv", "training_log.csv"):
             shutil.copy(saved / file, folder)
-        write_json(folder / "config.json", record)
-        write_json(folder / "metrics.json", seal({**metrics, "lambda": index / 100}))
+        write_sealed(folder / "config.json", {**record, "decides": inputs, "identity": fingerprint(inputs)})
+        made = {**metrics, "lambda": index / 100, "config_identity": fingerprint(inputs)}
+        write_sealed(folder / "metrics.json", made)
     (tmp_path / "docs" / "study").mkdir(parents=True)
     return tmp_path / "runs"
 
@@ -139,7 +142,9 @@ def test_other_runs_give_a_document_without_the_text_about_the_committed_ones(ru
 @pytest.mark.parametrize("other", [{"data": "other images"}, {"data": "the images", "split_seed": 1}])
 def test_runs_of_different_images_or_splits_do_not_go_together(runs, other):
     record = json.loads((runs / "passes-10" / "config.json").read_text())
-    write_json(runs / "passes-10" / "config.json", {**record, "decides": other})
+    write_sealed(runs / "passes-10" / "config.json", {**record, "decides": other, "identity": fingerprint(other)})
+    metrics = read_json(runs / "passes-10" / "metrics.json")
+    write_sealed(runs / "passes-10" / "metrics.json", {**metrics, "config_identity": fingerprint(other)})
     with pytest.raises(UserError, match="are of different images or splits"):
         document.collect_all(runs, runs.parent / "docs")
 

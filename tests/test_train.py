@@ -79,9 +79,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("images", [1, 20, 40])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images):
+@pytest.mark.parametrize(("images", "workers"), [(1, 0), (20, 0), (40, 0), (20, 2), (40, 2)])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images, workers):
     whole = run(tmp_path / "whole", data)
+    config = replace(CONFIG, workers=workers)
     seen = 0
 
     def interrupt(count, note):
@@ -91,12 +92,33 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images):
             raise Killed
 
     with pytest.raises(Killed):
-        run(tmp_path / "broken", data, report=interrupt)
-    resumed = run(tmp_path / "broken", data)
+        run(tmp_path / "broken", data, config, report=interrupt)
+    resumed = run(tmp_path / "broken", data, config)
     assert weights_fingerprint(resumed.model) == weights_fingerprint(whole.model)
     timing = ("images_per_second", "seconds_waited_for_data")
     strip = [[{k: v for k, v in row.items() if k not in timing} for row in result.log] for result in (whole, resumed)]
     assert strip[0] == strip[1]
+
+
+def test_best_weights_that_a_power_loss_took_are_made_again_byte_for_byte(tmp_path, data):
+    pairs, split = data
+
+    def once():
+        # an identity that is no word of the program, which Python would hold only once
+        arguments = replace(CONFIG, epochs=1), pairs, split.train, split.validation, ALONE, tmp_path, "ab" * 32
+        train(*arguments)
+        return (tmp_path / "weights" / "best_model.pth").read_bytes()
+
+    before = once()
+    (tmp_path / "weights" / "best_model.pth").unlink()
+    assert once() == before
+
+
+def test_helpers_that_load_data_change_no_number(tmp_path, data):
+    alone, helped = (run(tmp_path / str(workers), data, replace(CONFIG, workers=workers)) for workers in (0, 2))
+    # each epoch, not the best one's weights alone: its dropout must not depend on what the loader draws
+    assert [row["train_loss"] for row in alone.log] == [row["train_loss"] for row in helped.log]
+    assert weights_fingerprint(alone.model) == weights_fingerprint(helped.model)
 
 
 def test_a_finished_training_is_reused_and_another_one_is_not(tmp_path, data):
@@ -223,10 +245,10 @@ def test_another_network_learns(tmp_path, data):
 
 
 def _state(epoch, best_epoch, model, identity="identity", **fields):
-    progress = Progress(epoch, 0.75, best_epoch, weights_fingerprint(model), epoch - best_epoch, [{"epoch": 1}])
+    progress = Progress(epoch, 0.75, best_epoch, weights_fingerprint(model), epoch - best_epoch, [{"epoch": 1}] * epoch)
     return {
         "model": model.state_dict(), "options": model.options, "identity": identity,
-        "progress": {**vars(progress), **fields},
+        "progress": {**vars(progress), **fields}, "optimizer": {"state": {}, "param_groups": []}, "scaler": {},
     }
 
 
@@ -239,9 +261,10 @@ def test_a_state_of_another_run_or_without_its_best_weights_starts_over(tmp_path
     save_best(best_path, _state(2, 2, model))
     assert resumable_state(state_path, best_path, "another") is None
     assert resumable_state(state_path, best_path, "identity")["progress"] == vars(
-        Progress(3, 0.75, 2, weights_fingerprint(model), 1, [{"epoch": 1}]))
+        Progress(3, 0.75, 2, weights_fingerprint(model), 1, [{"epoch": 1}] * 3))
     save_checkpoint(state_path, {key: value for key, value in _state(3, 2, model).items() if key != "progress"})
-    assert resumable_state(state_path, best_path, "identity") is None
+    with pytest.raises(UserError, match="state.pth is not a checkpoint of this program: the file lacks progress"):
+        resumable_state(state_path, best_path, "identity")
 
 
 def test_a_run_that_died_between_its_two_files_makes_the_best_weights_again(tmp_path):

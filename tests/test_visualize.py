@@ -8,16 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, write_sealed
 from PIL import Image
 from saved_runs import make_run
 
 from experiment.case_images import newest_run
+from experiment.map_files import MAP_ARRAYS, read_maps, write_maps
 from experiment.saved_run import load_run
+from experiment.tables import mark
 from reporting import run_pictures
 from reporting.charts import RUN_FIGURES
 from reporting.galleries import RULES, choose
 from runtime.errors import UserError
+from runtime.records import fingerprint
 
 
 def test_summary_draws_everything_without_weights(saved):
@@ -32,7 +35,7 @@ def test_summary_goes_on_without_the_dataset_and_says_so(saved, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy, ignore=shutil.ignore_patterns("figures"))
     text = (copy / "config.json").read_text().replace(str(saved.parent), "/nowhere")
-    (copy / "config.json").write_text(text)
+    write_sealed(copy / "config.json", json.loads(text))
     outcome = command("--run", copy, "--summary", script="visualize.py", cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     assert "galleries not redrawn" in outcome.stdout
@@ -126,14 +129,19 @@ def with_test_set(saved: Path, folder: Path) -> Path:
             shutil.copy(Path(record[kind]) / f"{id}.png", folder.parent / kind / f"c_{id}.png")
     (run / "uncertainty_maps" / "target-clinic").mkdir()
     for id in ids:
-        shutil.copy(run / "uncertainty_maps" / "test" / f"{id}.npz", run / "uncertainty_maps" / "target-clinic" / f"c_{id}.npz")
+        maps = read_maps(run / "uncertainty_maps" / "test" / f"{id}.npz")
+        arrays = {name: maps[name] for name in MAP_ARRAYS}
+        write_maps(run / "uncertainty_maps" / "target-clinic" / f"c_{id}.npz", arrays, 0, fingerprint(["identity", "f"]))
     table = (run / "per_image.csv").read_text()
     header, *rows = table.splitlines()
     (run / "per_image_clinic.csv").write_text("\n".join([header, *(f"c_{row}" for row in rows)]))
     record["targets"] = [{
         "name": "clinic", "images": str(folder.parent / "images"), "masks": str(folder.parent / "masks"),
-        "ids": [f"c_{id}" for id in ids]}]
-    (run / "config.json").write_text(json.dumps(record))
+        "ids": [f"c_{id}" for id in ids], "fingerprint": "f", "skipped": []}]
+    write_sealed(run / "config.json", record)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["files"]["per_image_clinic.csv"] = mark(run / "per_image_clinic.csv")
+    write_sealed(run / "metrics.json", metrics)
     return run
 
 

@@ -20,6 +20,7 @@ from evaluation.joint import with_partners
 from evaluation.measures import score_table
 from evaluation.protocol import count_splits, evaluate, tune, validation_edges
 from evaluation.summary import per_image, summarise
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -295,7 +296,7 @@ def test_no_foreground_on_test_is_said_and_is_null(splits):
 
 
 def test_no_foreground_on_validation_is_an_error(splits):
-    with pytest.raises(ValueError, match="validation masks hold no foreground pixel"):
+    with pytest.raises(UserError, match="validation masks hold no foreground pixel"):
         evaluate(emptied(make_images(3)), splits[1], resamples=50)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from constructed_maps import make_images
+from saved_runs import RECORD
 
 from evaluation import evaluate
 from experiment.ensemble import HEADLINES, EnsembleMaps, ensemble_numbers, ensemble_of, headline
@@ -43,8 +44,9 @@ def make_training(folder, seed, threshold=0.5, identity=None, drop=0):
             write_maps(folder / "uncertainty_maps" / part / f"{id}.npz", arrays, maps["empty_cams"], f"identity-{seed}",
                        pass_dice=maps["pass_dice"])
     metrics = evaluate(splits["validation"], splits["test"], resamples=100).metrics
-    write_json(folder / "metrics.json", seal({**metrics, "identity": identity}))
-    write_json(folder / "config.json", {"split": {"train": [], **split}, "configuration": {"threshold": threshold}})
+    write_json(folder / "metrics.json", seal({**metrics, "identity": identity, "synthetic": False}))
+    split["train"] = []
+    write_json(folder / "config.json", {**RECORD, "split": split, "configuration": {"threshold": threshold}})
     return folder
 
 

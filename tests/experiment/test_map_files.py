@@ -13,20 +13,21 @@ from runtime.errors import UserError
 
 
 def some_maps() -> dict[str, np.ndarray]:
-    return {name: np.full((4, 6), 1, kind) for name, kind in MAP_ARRAYS.items()}
+    return {name: np.full((4, 6), 0.5 if name == "expected_entropy" else 1, kind) for name, kind in MAP_ARRAYS.items()}
 
 
 def test_maps_round_trip_without_pickle(tmp_path):
     write_maps(tmp_path / "x.npz", some_maps(), 3, "abc")
     with np.load(tmp_path / "x.npz", allow_pickle=False) as content:
-        assert set(content.files) == {*MAP_ARRAYS, "empty_cams", "fallbacks", "identity"}
+        assert set(content.files) == {*MAP_ARRAYS, "empty_cams", "fallbacks", "identity", "checksum"}
     maps = read_maps(tmp_path / "x.npz")
     assert (maps["empty_cams"], maps["identity"]) == (3, "abc")
     np.testing.assert_array_equal(maps["pred_variance"], 1)
 
 
 def test_the_numbers_beside_the_maps_come_back_as_plain_ones(tmp_path):
-    values = {name: np.arange(24).reshape(4, 6).astype(kind) for name, kind in MAP_ARRAYS.items()}
+    values = {name: (np.arange(24).reshape(4, 6) / 64).astype(kind) for name, kind in MAP_ARRAYS.items()}
+    values["true_mask"] = (np.arange(24).reshape(4, 6) % 2).astype(np.uint8)
     write_maps(tmp_path / "x.npz", values, 3, "abc", fallbacks=1, fusion="f", pass_dice=1 / 3)
     maps = read_maps(tmp_path / "x.npz")
     assert {name: maps[name] for name in maps if name not in MAP_ARRAYS} == {

@@ -48,9 +48,12 @@ def reads(monkeypatch):
     """How often each file was read."""
     counts: Counter[str] = Counter()
     original = experiment.maps.read_maps
-    monkeypatch.setattr(
-        experiment.maps, "read_maps", lambda path, need: (counts.update([path.stem]), original(path, need))[1]
-    )
+
+    def counted(path, *more, **options):
+        counts[path.stem] += 1
+        return original(path, *more, **options)
+
+    monkeypatch.setattr(experiment.maps, "read_maps", counted)
     return counts
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pairs
+from saved_runs import METRICS, RECORD
 
 from dataset import Data, split_ids
 from experiment.results import (
@@ -175,7 +176,8 @@ def test_the_environments_of_what_is_used_again_are_kept_once_each(results, sour
     claim_results(results, CONFIG, source, data, ALONE)
     record = read_json(path)
     for older in ("1.0", "2.0", "1.0"):
-        write_json(path, {**read_json(path), "versions": {**record["versions"], "torch": older}})
+        known = {name: value for name, value in read_json(path).items() if name != "checksum"}
+        write_json(path, seal({**known, "versions": {**record["versions"], "torch": older}}))
         claim_results(results, CONFIG, source, data, ALONE)
     now = read_json(path)
     assert now["versions"] == record["versions"]
@@ -202,9 +204,14 @@ def trained(tmp_path):
     folder, model = tmp_path / "trained", UNet(2)
     save_checkpoint(folder / "weights" / "best_model.pth", {"model": model.state_dict(), "options": model.options})
     (folder / "training_log.csv").write_text("epoch\n1\n")
-    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": {"seed": 1, "passes": 30}})
-    write_json(folder / "metrics.json", seal({"identity": fingerprint(["i", weights_fingerprint(model)])}))
+    finish(folder, {"seed": 1, "passes": 30}, weights_fingerprint(model))
     return folder, weights_fingerprint(model)
+
+
+def finish(folder, inputs, weights):
+    """Write what says that a run of these inputs is finished with these weights."""
+    write_json(folder / "config.json", {**RECORD, "identity": fingerprint(inputs), "decides": inputs})
+    write_json(folder / "metrics.json", seal({**METRICS, "identity": fingerprint([fingerprint(inputs), weights])}))
 
 
 def test_weights_are_taken_from_a_run_trained_in_the_same_way(trained):
@@ -231,7 +238,7 @@ def test_taken_weights_are_part_of_what_a_run_is(trained, results, data):
     folder, weights = trained
     config = replace(CONFIG, weights_from=str(folder))
     inputs = identity_inputs(results, CONFIG, data, CPU)
-    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
+    finish(folder, inputs, weights)
     assert identity_inputs(results, config, data, CPU) == {**inputs, "weights": weights}
     with pytest.raises(UserError, match="where this run would write; give another --results folder"):
         identity_inputs(folder, config, data, CPU)
@@ -251,9 +258,9 @@ def test_a_run_that_only_measures_other_sets_is_what_the_run_of_the_weights_is(t
     folder, weights = trained
     (folder / "config.json").unlink()
     made = claim_results(folder, CONFIG, source, data, ALONE)
-    model_weights = {"identity": fingerprint([made.identity, weights])}
-    write_json(folder / "metrics.json", seal(model_weights))
-    config, target = replace(CONFIG, weights_from=str(folder)), {"name": "far", "ids": ["x"]}
+    write_json(folder / "metrics.json", seal({**METRICS, "identity": fingerprint([made.identity, weights])}))
+    config = replace(CONFIG, weights_from=str(folder))
+    target = {"name": "far", "ids": ["x"], "images": "i", "masks": "m", "fingerprint": "f", "skipped": []}
     whole = claim_results(results, config, source, data, ALONE)
     alone = claim_results(results, config, source, None, ALONE, [target])  # the same folder goes on either way
     assert alone.identity == whole.identity
@@ -265,9 +272,9 @@ def test_a_run_that_only_measures_other_sets_is_what_the_run_of_the_weights_is(t
 
 
 def test_what_is_known_of_taken_weights_is_checked_before_any_image_is_read(trained, data):
-    folder, _ = trained
+    folder, weights = trained
     inputs = {**identity_inputs(Path("x"), CONFIG, data, CPU), "split": "s", "groups": "g", "weights": "w"}
-    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
+    finish(folder, inputs, weights)
     check_weights_from(replace(CONFIG, weights_from=str(folder), passes=9), CPU)
     check_weights_from(replace(CONFIG, weights_from=str(folder), amp="auto"), CPU)  # whatever that meant there
     with pytest.raises(UserError, match="trained otherwise: seed is 42 there and 3 here"):
@@ -289,7 +296,7 @@ def test_split_and_groups_decide_where_they_are_given(results, data):
 def test_groups_may_differ_where_weights_are_taken(trained, results, data):
     folder, weights = trained
     inputs = identity_inputs(results, CONFIG, data, CPU)
-    write_json(folder / "config.json", {"identity": "i", "configuration": {}, "decides": inputs})
+    finish(folder, inputs, weights)
     config, groups = replace(CONFIG, weights_from=str(folder), groups="g.csv"), {data.pairs.ids[0]: "p"}
     found = identity_inputs(results, config, data._replace(groups=groups), CPU)
     assert found == {**inputs, "groups": fingerprint(groups), "weights": weights}  # the split is that of the weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from saved_runs import RECORD
 
 from experiment.source_run import finished_record, numbers_suffice, settings_from, taken_from
 from isic.tables import Fixed
@@ -76,21 +77,22 @@ def test_trainings_give_their_settings_and_their_number(tmp_path):
     for seed in (5, 6):
         make_run(folder / f"seed-{seed}", Config(seed=seed, passes=4))
     entries = [{"name": f"seed-{seed}", "folder": f"seed-{seed}"} for seed in (6, 5)]
-    write_json(folder / "config.json", {"pooled": entries})
+    write_json(folder / "config.json", {"configuration": {}, "pooled": entries})
     config = parsed("--weights-from", folder)
     assert (config.trainings, config.seed, config.passes) == (2, 5, 4)
     (folder / "config.json").unlink()  # not pooled yet
     assert parsed("--weights-from", folder, "--trainings", 2, "--seed", 5).passes == 4
-    write_json(folder / "config.json", {"pooled": [*entries, {"name": "seed-7", "folder": "/far/away"}]})
+    write_json(folder / "config.json", {"configuration": {}, "pooled": [*entries, {"name": "seed-7", "folder": "/far/away"}]})
     with pytest.raises(UserError, match="pools runs that are not its own seeds in a row; name one of them: seed-6, seed-5, /far"):
         parsed("--weights-from", folder)
 
 
 @pytest.mark.parametrize(("record", "message"), [
     (None, "holds no finished run .no metrics.json.; finish it, or name another folder"),
-    ({"pooled": [{"folder": "seed-1"}]}, "pools several trainings; name one of them: seed-1"),
-    ({"maps": {}}, "judged maps that were made elsewhere and has no weights"),
-    ({"configuration": None}, "does not say how the run was made"),
+    ({"configuration": {}, "pooled": [{"name": "seed-1", "folder": "seed-1"}]},
+     "pools several trainings; name one of them: seed-1"),
+    ({"maps": {}, "configuration": {}, "split": RECORD["split"]}, "judged maps that were made elsewhere and has no weights"),
+    ({**RECORD, "configuration": None}, "config.json.configuration is None and not a mapping"),
 ])
 def test_a_folder_without_weights_is_one_line(tmp_path, record, message):
     if record is not None:
@@ -107,7 +109,7 @@ def test_the_split_is_that_of_the_run_and_what_it_left_out_is_looked_at_again(ru
     assert taken_from(Config()) is None
     parts = {"a": "train", "b": "train", "c": "validation", "d": "test"}
     assert taken_from(Config(weights_from=str(run))) == Fixed(parts, None)
-    make_run(run, skipped=[{"id": "e"}], groups={"a": "p"})
+    make_run(run, skipped=[{"id": "e", "file": "e.png", "reason": "broken"}], groups={"a": "p"})
     assert taken_from(Config(weights_from=str(run))) == Fixed({**parts, "e": "train"}, {"a": "p"})
 
 

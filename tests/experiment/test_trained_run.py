@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from saved_runs import METRICS, RECORD
 
 from evaluation.fusion import Fusion, Linear
 from experiment.trained_run import fusion_of, load_trained_run
@@ -28,8 +29,9 @@ def run(tmp_path):
     # the precision of training is recorded as "auto" was resolved
     inputs = {**CONFIG.experiment(), "amp": "torch.float32", "data": "fingerprint", "skipped": []}
     identity = fingerprint(inputs)
-    write_json(tmp_path / "config.json", {"configuration": CONFIG.to_dict(), "decides": inputs, "identity": identity})
-    write_json(tmp_path / "metrics.json", seal({**TUNED, "identity": fingerprint([identity, weights_fingerprint(model)])}))
+    write_json(tmp_path / "config.json", {**RECORD, "configuration": CONFIG.to_dict(), "decides": inputs, "identity": identity})
+    made_from = fingerprint([identity, weights_fingerprint(model)])
+    write_json(tmp_path / "metrics.json", seal({**METRICS, **TUNED, "identity": made_from}))
     return tmp_path
 
 
