@@ -5,6 +5,7 @@ Where pairs lie on disk and how they are decoded is the business of :mod:`isic`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from isic.layout import Pair, SkippedPair, find_pairs, limit_pairs
 from isic.source import DATA, Source
 from isic.tables import Fixed, groups_of, listed_ids, read_groups, read_parts
 from runtime.config import Config
+from runtime.devices import sent
 from runtime.errors import UserError, printable
 from runtime.processes import ProcessGroup
 from runtime.progress import complain, progress_bar, stage
@@ -213,10 +215,16 @@ def leave_out(split: Split, skipped: Collection[str]) -> Split:
 # ---------------------------------------------------------------- tensors for the network
 
 
+@functools.lru_cache(maxsize=8)
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of ImageNet, (1, 3, 1, 1) each; copied to a device once, as each copy would wait for it."""
+    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, deviation
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) to float32 (B, 3, H, W), ImageNet mean 0 and standard deviation 1."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_deviation(images.device)
     return (images.permute(0, 3, 1, 2).to(torch.float32) / 255.0 - mean) / std
 
 
@@ -328,5 +336,5 @@ def batches(
     """Yield (ids, normalised images float32 (B, 3, H, W), masks uint8 (B, H, W)) in order."""
     for start in range(0, len(ids), batch_size):
         part = list(ids[start : start + batch_size])
-        images, masks = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*map(pairs.pair, part)))
+        images, masks = (sent(torch.from_numpy(np.stack(arrays)), device) for arrays in zip(*map(pairs.pair, part)))
         yield part, normalise(images), masks

@@ -30,7 +30,7 @@ from runtime.checkpoints import (
     weights_fingerprint,
 )
 from runtime.config import Config
-from runtime.devices import autocast, training_precision
+from runtime.devices import autocast, reproducible_convolutions, training_precision
 from runtime.errors import SharedError, UserError
 from runtime.group_layers import with_group_batch_norm, with_row_dropout
 from runtime.loading import loaded
@@ -38,6 +38,7 @@ from runtime.processes import ProcessGroup
 from runtime.records import write_csv
 from runtime.resources import naming_shortage
 from runtime.signals import end_with_parent
+from runtime.upsampling import with_reproducible_upsampling
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class TrainingResult(NamedTuple):
     log: list[dict[str, Any]]
 
 
+@reproducible_convolutions()
 @naming_shortage("training", "lower --batch-size, --image-size or --width")
 def train(
     config: Config,
@@ -182,10 +184,11 @@ class Training:
         self.config, self.group, device = config, group, group.device
         self.model = build(config).to(device)
         self.model = self.model.to(memory_format=memory_layout(self.model))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True if device.type == "cuda" else None)
         self.precision = training_precision(config.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.dropout_sites = with_row_dropout(self.model)
+        with_reproducible_upsampling(self.model, device)
         self.model = with_group_batch_norm(self.model, group)
         self.network = _parallel(torch.compile(self.model) if config.compile else self.model, group)
         self.order = EpochBatches(len(ids), config.batch_size, config.seed, group.rank, group.world_size)
@@ -205,9 +208,9 @@ class Training:
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
         """Go on from what :meth:`state` returned; the errors of :func:`runtime.checkpoints.check_resumable` name the path."""
-        check_resumable(state, path, self.model, self.optimizer, self.scaler.state_dict())
+        optimizer = check_resumable(state, path, self.model, self.optimizer, self.scaler.state_dict())
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(state["scaler"])
 
     def run_epoch(self, epoch: int, report: Callable[[int, str], None], note: str, advice: str) -> EpochResult:
@@ -298,8 +301,7 @@ def validate(
     level = math.log(threshold / (1 - threshold))
     for _, images, masks in batches(pairs, group.shard(ids), batch_size, device):
         with autocast(device, precision):
-            logits = model(images.contiguous(memory_format=memory_layout(model)))[:, 0]
-        logits = logits.float()
+            logits = model(images.contiguous(memory_format=memory_layout(model)))[:, 0].float()
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
         dice, jaccard = segmentation_overlap(logits > level, masks)
         sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])

@@ -15,6 +15,7 @@ References: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,19 +30,17 @@ from inference.flips import flip_variance
 from inference.logits import ToLogits, binary_entropy_of_logits, binary_logits
 from inference.masks import InPlaceDropout, MaskSource
 from inference.moments import Moments, PassDice
-from inference.precision import float32_convolutions
+from inference.precision import automatic_precision, float32_convolutions
 from inference.unet_passes import UNetPasses, supports
 from model import UNet
 
 __all__ = [
-    "AUTO_PRECISION", "CAM_SCORES", "METHODS", "Moments", "PRECISIONS", "UncertaintyMaps", "active_dropout",
+    "CAM_SCORES", "METHODS", "Moments", "PRECISIONS", "UncertaintyMaps", "active_dropout",
     "binary_entropy_of_logits", "capture_activations", "flip_variance", "grad_cam", "mc_dropout", "uncertainty_maps",
 ]
 
 METHODS = ("auto", "general", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-#: What "auto" stands for.
-AUTO_PRECISION = "fp32"
 #: Logits that the score of Grad-CAM sums: all, or those of the lesion that the pass predicts.
 CAM_SCORES = ("all", "predicted")
 
@@ -248,9 +247,11 @@ class _Options:
     to_logits: ToLogits
     half: torch.dtype | None  # precision of the convolutions, if not float32
 
-    def chunks(self, by_rule: int) -> Iterator[range]:
-        """The passes in chunks, of a length by rule where none is given."""
+    def chunks(self, by_rule: int, device: torch.device) -> Iterator[range]:
+        """The passes in chunks, of a length by rule where none is given; on a GPU as equal as can be."""
         step = self.chunk or by_rule
+        if self.chunk is None and device.type == "cuda":
+            step = math.ceil(self.passes / math.ceil(self.passes / step))
         for start in range(0, self.passes, step):
             yield range(start, min(start + step, self.passes))
 
@@ -285,10 +286,11 @@ def _general_chunks(
     model: nn.Module, image: Tensor, image_id: str, source: MaskSource, captured: list[Tensor], options: _Options
 ) -> Iterator[_Chunk]:
     """The passes of one image (C, H, W)."""
-    # a rule of the image size alone, so that maps do not depend on the machine
-    for block in options.chunks(max(1, min(30, (1 << 18) // image[0].numel()))):
+    # a rule of the image size and the kind of device alone, so that maps do not depend on the machine
+    pixels = 1 << 21 if image.is_cuda else 1 << 18
+    for block in options.chunks(max(1, min(30, pixels // image[0].numel())), image.device):
         captured.clear()
-        source.start(image_id, block)
+        source.start(image_id, block, options.passes)
         with torch.enable_grad():
             with torch.autocast(image.device.type, options.half, enabled=options.half is not None):
                 logits = options.to_logits(model(image.expand(len(block), -1, -1, -1).contiguous()))
@@ -316,7 +318,7 @@ def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: 
     """The passes of images that are encoded together."""
     encoded = engine.encode(images)
     drop = InPlaceDropout(options.seed, ids, options.passes, engine.rates, images.device)
-    for block in options.chunks(chunk):
+    for block in options.chunks(chunk, images.device):
         drop.start(block)
         logits, weights = engine(encoded, len(block), drop)  # K * B rows each, pass-major
         per_image = weights.view(len(block), len(images), -1).unbind(1)
@@ -333,9 +335,10 @@ def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _O
     rows = []
     for first in range(0, len(images), group):
         # a group always has the same size, so that no image's rounding depends on how many there are
-        members = [min(i, len(images) - 1) for i in range(first, first + group)]
-        some = images[members]
-        chunks = _fast_chunks(engine, some, [ids[i] for i in members], chunk, options)
+        some, names = images[first : first + group], list(ids[first : first + group])
+        missing = group - len(some)
+        some = torch.cat([some, some[-1:].expand(missing, -1, -1, -1)]) if missing else some
+        chunks = _fast_chunks(engine, some, names + names[-1:] * missing, chunk, options)
         rows += _maps_of_chunks(some, chunks)[: len(images) - first]
     return rows
 
@@ -397,7 +400,7 @@ def uncertainty_maps(
             targets ``encoder4`` and ``bottleneck``; "auto" is fast where it can be.
         precision: of the convolutions. "fp32" is true float32 on every device;
             "tf32" lets CUDA round the factors to ten bits; "bf16" and "fp16"
-            store activations in half precision; "auto" is :data:`AUTO_PRECISION`.
+            store activations in half precision; "auto" is :func:`~inference.precision.automatic_precision`.
             Moments, sigmoid and heatmaps are float32 always. An image whose maps
             are not finite in half precision is computed again in fp32.
 
@@ -429,10 +432,11 @@ def uncertainty_maps(
     applies = images.dtype == torch.float32 and to_logits is binary_logits and supports(model, target_layer)
     if method == "fast" and not applies:
         raise ValueError("the fast path needs an unmodified UNet, float32 images, and encoder4 or bottleneck as the target")
-    precision = AUTO_PRECISION if precision == "auto" else precision
+    fast = applies and method != "general"
+    precision = automatic_precision(images.device, fast) if precision == "auto" else precision
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     options = _Options(target_layer, passes, seed, chunk, normalise_cam, cam_score == "predicted", to_logits, half)
-    compute = _fast_maps if applies and method != "general" else _general_maps
+    compute = _fast_maps if fast else _general_maps
     with float32_convolutions("tf32" if precision == "tf32" else "ieee"):
         rows = compute(model, images, ids, options)
         broken = _not_finite(rows)

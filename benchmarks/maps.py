@@ -1,10 +1,15 @@
 """Time, memory and work of uncertainty maps, beside the ways in which others make them.
 
-One run, interleaved: in each round every variant makes one map of the same
-image, so that whatever else the machine does falls on all of them. Prints
-medians, their spread, and ratios to the research loop; then the peak memory
-growth of each variant, each in a process of its own; then the counted
-multiply-adds and the share of this machine's measured convolution peak.
+One run, interleaved: in each round every variant makes the maps of the same
+images, so that whatever else the machine does falls on all of them. They are
+one image on a CPU, and on a GPU as many as ours computes together, which is
+what it does in a run; the alternatives take them one by one, as they would.
+Each row names the precision of its convolutions. PyTorch's default on CUDA is
+TF32 for all who do not ask; the research loop is timed in TF32 and in IEEE
+fp32, and every row has its ratio to both. Prints medians, their spread, and
+ratios; then the peak memory growth of each variant, each in a process of its
+own; then the counted multiply-adds and the share of this machine's measured
+convolution peak in that precision.
 
     python -m benchmarks.maps                                    # width 16, 128 px
     # minutes a round; left to itself in the background
@@ -12,8 +17,8 @@ multiply-adds and the share of this machine's measured convolution peak.
         --json maps64.json > maps64.txt &
     python -m benchmarks.maps --device cuda --width 64 --size 256 --images 779
 
-``--images`` adds the whole job: that many pictures read from disk, their maps
-computed, and written as files.
+``--images`` adds the whole job: that many pictures decoded, their maps
+computed, and written as files, all as a run does it.
 """
 
 from __future__ import annotations
@@ -40,8 +45,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dataset import normalise
+from experiment.map_files import write_maps
+from inference.unet_passes import UNetPasses
+from isic.decoding import read_image
 from isic.layout import isic_folders
 from model import UNet
+from runtime.devices import sent
 from uncertainty import uncertainty_maps
 
 Variant = Callable[[], object]
@@ -140,14 +150,35 @@ def torch_uncertainty_library(model: UNet, image: Tensor, passes: int) -> tuple[
     return p.mean(0).cpu().numpy(), p.var(0, unbiased=False).cpu().numpy()
 
 
-def variants(model: UNet, image: Tensor, passes: int) -> dict[str, Variant]:
-    def ours(**options: object) -> Variant:
-        return lambda: uncertainty_maps(model, image, target_layer=model.encoder4, passes=passes, **options)
+def one_by_one(function: Callable[..., object], model: UNet, images: Tensor, *arguments: object) -> None:
+    for image in images:
+        function(model, image[None], *arguments)
 
+
+def with_switches(run: Variant, **flags: bool) -> Variant:
+    """The same with some switches of cuDNN set."""
+
+    def switched() -> object:
+        with torch.backends.cudnn.flags(enabled=True, **flags):
+            return run()
+
+    return switched
+
+
+def variants(model: UNet, images: Tensor, passes: int) -> dict[str, Variant]:
+    """By a name that ends in the precision of the convolutions."""
+    usual = "tf32" if images.is_cuda else "fp32"
+
+    def ours(**options: object) -> Variant:
+        return lambda: uncertainty_maps(model, images, target_layer=model.encoder4, passes=passes, **options)
+
+    loop: Variant = partial(one_by_one, research_loop, model, images, passes, False)
     found: dict[str, Variant] = {
-        "research loop": lambda: research_loop(model, image, passes, shared=False),
-        "shared forward": lambda: research_loop(model, image, passes, shared=True),
+        f"research loop, {usual}": loop,
+        f"shared forward, {usual}": partial(one_by_one, research_loop, model, images, passes, True),
     }
+    if images.is_cuda:
+        found["research loop, fp32"] = with_switches(loop, allow_tf32=False)
     for name, module, function in (
         ("pytorch-grad-cam", "pytorch_grad_cam", grad_cam_library),
         ("Captum", "captum", captum_library),
@@ -158,14 +189,21 @@ def variants(model: UNet, image: Tensor, passes: int) -> dict[str, Variant]:
         except ImportError as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
             continue
-        found[name] = lambda function=function: function(model, image, passes)
-    found["ours, general"] = ours(method="general")
+        found[f"{name}, {usual}"] = partial(one_by_one, function, model, images, passes)
+    found["ours, any model, fp32"] = ours(method="general")
     found["ours, fp32"] = ours(method="fast")
-    if image.is_cuda:
+    if images.is_cuda:
+        found["ours, any model, tf32"] = ours(method="general", precision="tf32")
         found["ours, tf32"] = ours(method="fast", precision="tf32")
+        found["ours, cudnn.benchmark, fp16"] = with_switches(ours(method="fast", precision="fp16"), benchmark=True)
         found["ours, fp16"] = ours(method="fast", precision="fp16")
     found["ours, bf16"] = ours(method="fast", precision="bf16")
     return found
+
+
+def precision_of(name: str) -> str:
+    """Of the convolutions of a variant."""
+    return name.rsplit(", ", 1)[1]
 
 
 # ---------------------------------------------------------------- measuring
@@ -182,15 +220,15 @@ def seconds(run: Variant, device: torch.device) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def convolution_peak(dtype: torch.dtype, device: torch.device) -> float:
+def convolution_peak(precision: str, device: torch.device) -> float:
     """Multiply-adds a second of the best of some 3 x 3 convolutions that suit this machine."""
-    best = 0.0
+    best, dtype = 0.0, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     shapes = ((64, 128), (128, 64), (256, 32)) if device.type == "cpu" else ((64, 1024), (512, 256))
     for channels, size in shapes:
         layout = {"dtype": dtype, "device": device}
         x = torch.randn(1, channels, size, size, **layout).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3, **layout).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
             times = [seconds(partial(F.conv2d, x, weight, padding=1), device)[0] for _ in range(4)]
         best = max(best, 9 * channels**2 * size**2 / min(times))
     return best
@@ -253,15 +291,14 @@ def whole_job(model: UNet, options: argparse.Namespace, device: torch.device) ->
     """Read pictures, compute their maps, write them; the same for a few with the research loop."""
     from PIL import Image
 
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mask = np.zeros((options.size, options.size), np.uint8)
 
     def read(path: Path) -> Tensor:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert("RGB").resize((options.size, options.size)))
-        return (torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255 - mean) / deviation
+        return torch.from_numpy(read_image(path, options.size))
 
     def write(folder: Path, stem: str, maps: dict[str, np.ndarray]) -> None:
-        np.savez(folder / f"{stem}.npz", **maps)
+        arrays = {"expected_entropy": maps["mean_prediction"], **maps, "true_mask": mask}
+        write_maps(folder / f"{stem}.npz", arrays, 0, "", 0, None, 1.0)
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
         folder = Path(scratch)
@@ -283,7 +320,7 @@ def whole_job(model: UNet, options: argparse.Namespace, device: torch.device) ->
             ahead = [[pool.submit(read, path) for path in batch] for batch in batches[:2]]
             writes = []
             for i, batch in enumerate(batches):
-                images = torch.stack([future.result() for future in ahead.pop(0)]).to(device)
+                images = normalise(sent(torch.stack([future.result() for future in ahead.pop(0)]), device))
                 if i + 2 < len(batches):
                     ahead.append([pool.submit(read, path) for path in batches[i + 2]])
                 maps = uncertainty_maps(
@@ -300,7 +337,7 @@ def whole_job(model: UNet, options: argparse.Namespace, device: torch.device) ->
         few = paths[:2]
         start = time.perf_counter()
         for path in few:
-            p, v, s = research_loop(model, read(path)[None].to(device), options.passes, shared=False)
+            p, v, s = research_loop(model, normalise(read(path)[None].to(device)), options.passes, shared=False)
             write(folder, path.stem, {"mean_prediction": p, "pred_variance": v, "saliency_variance": s})
         result["research loop, extrapolated"] = (time.perf_counter() - start) / len(few) * len(paths)
         print(f"research loop, extrapolated from {len(few)}: {result['research loop, extrapolated']:.1f} s")
@@ -335,10 +372,11 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     model = UNet(width=options.width).to(device).eval()
-    image = torch.randn(1, 3, options.size, options.size, device=device)
-    chosen = variants(model, image, options.passes)
+    group, _ = UNetPasses(model, model.encoder4).group_and_chunk((options.size, options.size), device)
+    images = torch.randn(group, 3, options.size, options.size, device=device)
+    chosen = variants(model, images, options.passes)
     if options.memory_of:
-        F.conv2d(image, torch.randn(4, 3, 3, 3, device=device))  # the libraries' own start-up is not counted
+        F.conv2d(images, torch.randn(4, 3, 3, 3, device=device))  # the libraries' own start-up is not counted
         print(peak_growth(chosen[options.memory_of], device))
         return
     wanted = [part.strip() for part in options.variants.split(",") if part.strip()]
@@ -346,7 +384,7 @@ def main() -> None:
 
     wall: dict[str, list[float]] = {name: [] for name in chosen}
     cpu: dict[str, list[float]] = {name: [] for name in chosen}
-    peaks: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    peaks: dict[str, list[float]] = {precision_of(name): [] for name in chosen}
     for i in range(-options.warm_up, options.rounds):
         for name, run in chosen.items():
             spent = seconds(run, device)
@@ -354,39 +392,44 @@ def main() -> None:
                 wall[name].append(spent[0])
                 cpu[name].append(spent[1])
         if i >= 0:
-            peaks["fp32"].append(convolution_peak(torch.float32, device))
-            peaks["bf16"].append(convolution_peak(torch.bfloat16, device))
+            for precision, rates in peaks.items():
+                rates.append(convolution_peak(precision, device))
             first = next(iter(chosen))
             ratios = ", ".join(f"{name} {cpu[first][i] / max(cpu[name][i], 1e-9):.2f}" for name in chosen)
             print(f"round {i + 1} of {options.rounds}, by processor time: {ratios}", file=sys.stderr, flush=True)
 
     result = {
         "width": options.width, "size": options.size, "passes": options.passes, "threads": options.threads,
-        "rounds": options.rounds, "torch": torch.__version__, "python": platform.python_version(),
+        "rounds": options.rounds, "images": group, "torch": torch.__version__, "python": platform.python_version(),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "peak_multiply_adds_per_second": {k: max(v) for k, v in peaks.items()}, "variants": {},
     }
-    base = "research loop" if "research loop" in chosen else next(iter(chosen))
-    print(f"width {options.width}, {options.size} px, T {options.passes}, {options.threads} thread(s), {options.device}; "
-          f"torch {torch.__version__}; medians of {options.rounds}, in brackets smallest and largest")
-    print("| variant | time, of the first | times as fast | processor time, times | memory, MiB "
-          "| multiply-adds, 10^9 | of the peak |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    loops = [name for name in chosen if name.startswith("research loop")] or [next(iter(chosen))]
+    base = loops[0]
+    print(f"width {options.width}, {options.size} px, T {options.passes}, {group} image(s) at a time, "
+          f"{options.threads} thread(s), {result['hardware']}; torch {torch.__version__}; "
+          f"medians of {options.rounds}, in brackets smallest and largest")
+    print("| variant, precision | time, of the first | " + " | ".join(f"times as fast as {loop}" for loop in loops)
+          + " | processor time, times | memory, MiB | multiply-adds an image, 10^9 | of the peak |")
+    print("|" + " --- |" * (6 + len(loops)))
     for name, run in chosen.items():
         times, reference = wall[name], median(wall[base])
-        work = multiply_adds(run)
+        work = multiply_adds(run) / group
         memory = 0 if options.no_memory else memory_in_own_process(name, options)
-        peak = max(peaks["bf16" if "bf16" in name else "fp32"])
+        peak = max(peaks[precision_of(name)])
         row = {
             "seconds": times, "processor_seconds": cpu[name], "ratio": reference / median(times),
             # of the same round, so that a slow spell falls on both
             "ratios_by_round": [a / b for a, b in zip(wall[base], times)],
             "processor_ratio": median(cpu[base]) / median(cpu[name]),
-            "memory_bytes": memory, "multiply_adds": work, "share_of_peak": work / min(times) / peak,
+            "memory_bytes": memory, "multiply_adds": work, "share_of_peak": work * group / min(times) / peak,
         }
+        by_loop = {loop: [a / b for a, b in zip(wall[loop], times)] for loop in loops}
+        row["ratios_to"] = by_loop
+        fast = " | ".join(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" for ratios in by_loop.values())
         result["variants"][name] = row
         print(f"| {name} | {median(times) / reference:.3f} ({min(times) / reference:.3f} to {max(times) / reference:.3f}) "
-              f"| {row['ratio']:.2f} ({min(row['ratios_by_round']):.2f} to {max(row['ratios_by_round']):.2f}) "
+              f"| {fast} "
               f"| {row['processor_ratio']:.2f} | {memory / 2**20:.0f} | {work / 1e9:.1f} "
               f"| {row['share_of_peak']:.2f} |", flush=True)
     if options.images:

@@ -21,6 +21,7 @@ from experiment.saved_run import check_belongs, maps_are_sealed, read_metrics
 from experiment.saved_schemas import fits_record
 from experiment.source_run import finished_record
 from experiment.tables import LOG, check_mark
+from inference.precision import automatic_precision
 from isic.decoded import DecodedPairs
 from isic.source import Source, find_targets
 from runtime.checkpoints import load_checkpoint, state_fingerprint
@@ -180,7 +181,11 @@ def settings_inputs(config: Config, device: torch.device, taken: Mapping[str, An
         taken: the inputs of the run whose weights are taken; its precision of training is over and done with.
     """
     amp = taken.get("amp") if taken and config.amp == "auto" else None
-    return {**config.experiment(), "amp": amp or str(training_precision(config.amp, device)), **network_inputs(config)}
+    inputs = {**config.experiment(), "amp": amp or str(training_precision(config.amp, device)), **network_inputs(config)}
+    resolved = automatic_precision(device, fast=config.model is None)
+    if config.precision == "auto" and resolved != "fp32":  # maps of the CPU and of a GPU must not be mixed
+        inputs["maps_precision"] = resolved
+    return inputs
 
 
 def _split_inputs(config: Config, data: Data, taken: Mapping[str, Any]) -> dict[str, str]:
@@ -324,7 +329,8 @@ def finished_weights(source: Path, inputs: Mapping[str, Any]) -> str:
     before = record.get("decides", {})
     changed = [
         f"{key} is {_shown(before.get(key))} there and {_shown(inputs.get(key))} here"
-        for key in sorted({*before, *inputs} - {*AFTER_TRAINING, "weights", "groups"}) if before.get(key) != inputs.get(key)
+        for key in sorted({*before, *inputs} - {*AFTER_TRAINING, "maps_precision", "weights", "groups"})
+        if before.get(key) != inputs.get(key)
     ]
     if changed:
         raise UserError(f"{source} was trained otherwise: {'; '.join(changed)}; give the same, or leave --weights-from out")

@@ -8,12 +8,19 @@ Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
+import os
+import shutil
 from collections.abc import Sequence
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from runtime.devices import sent
 
 # ---------------------------------------------------------------- the generator
 
@@ -107,8 +114,13 @@ def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
     Returns:
         x itself.
     """
+    if x.is_cuda:
+        fused, layout = _fused(), torch.channels_last
+        if fused is not None and x.is_contiguous(memory_format=layout) and noise.is_contiguous(memory_format=layout):
+            fused(x, keys, noise, _bound(p))
+            return x
     if not x.is_cpu:
-        return x.mul_(dropout_masks(keys, noise[0], p))
+        return x.masked_fill_(_mix(keys.view(-1, 1, 1, 1) ^ noise) < _bound(p), 0)
     if x.dtype != torch.float32:
         return x.copy_(zero_dropped(x.float(), keys, noise, p))
     # The threshold operator, zero where the random number is at most bound - 1, on the bits of x taken as
@@ -116,6 +128,17 @@ def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
     mixed, bits = _mix(keys.view(-1, 1, 1, 1) ^ noise), x.view(torch.int32)
     torch.ops.aten.threshold_backward.grad_input(bits, mixed, max(_bound(p) - 1, -(2**31)), grad_input=bits)
     return x
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor, Tensor, int], None] | None:
+    """:func:`zero_dropped` on CUDA in one sweep; None where Triton, or the C compiler that it needs, is missing."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    if not compiler or importlib.util.find_spec("triton") is None:
+        return None
+    from inference.fused_masks import zero_dropped_fused  # Triton is not everywhere
+
+    return zero_dropped_fused
 
 
 # ---------------------------------------------------------------- masks at the dropout sites
@@ -134,10 +157,39 @@ class MaskSource:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.image_id, self.passes, self.site = "", range(0), 0
+        self._drawn, self._sites = range(0), 0  # whose keys are there; sites of the forward passes so far
+        self._keys: dict[tuple[int, torch.device], Tensor] = {}
+        self._noise: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
-    def start(self, image_id: str, passes: range) -> None:
-        """Begin a forward whose batch axis is ``passes`` of one image."""
-        self.image_id, self.passes, self.site = image_id, passes, 0
+    def start(self, image_id: str, passes: range, total: int | None = None) -> None:
+        """Begin a forward whose batch axis is ``passes`` of one image.
+
+        Args:
+            image_id: names the image.
+            passes: of this forward.
+            total: passes of all forwards of the image, whose keys are drawn, and sent to the device, together.
+        """
+        drawn = passes if total is None else range(total)
+        if (image_id, drawn) != (self.image_id, self._drawn):
+            self._keys.clear()
+        self.image_id, self.passes, self.site, self._drawn = image_id, passes, 0, drawn
+
+    def _next_keys(self, device: torch.device) -> Tensor:
+        """The keys int32 (K,) of this forward's passes at the next site."""
+        site, self.site = self.site, self.site + 1
+        self._sites = max(self._sites, self.site)
+        if (site, device) not in self._keys:
+            ahead = range(site, self._sites)  # as many as other images had
+            keys = [[mask_key(self.seed, self.image_id, t, s) for t in self._drawn] for s in ahead]
+            rows = sent(torch.tensor(keys, dtype=torch.int32), device)
+            self._keys.update({(s, device): row for s, row in zip(ahead, rows)})
+        first = self._drawn.start
+        return self._keys[site, device][self.passes.start - first : self.passes.stop - first]
+
+    def _position_noise(self, shape: torch.Size, device: torch.device) -> Tensor:
+        if (shape, device) not in self._noise:
+            self._noise[shape, device] = mask_noise(shape, device)
+        return self._noise[shape, device]
 
     def apply(self, module: _DropoutNd, x: Tensor) -> Tensor:
         """What the module would return for x (K, ...), under the masks of the next site.
@@ -157,11 +209,7 @@ class MaskSource:
             shape = x.shape[1:]
         else:  # the channel-wise ones drop whole feature maps
             shape = torch.Size([x.shape[1]] + [1] * (x.dim() - 2))
-        keys = [mask_key(self.seed, self.image_id, t, self.site) for t in self.passes]
-        self.site += 1
-        masks = dropout_masks(
-            torch.tensor(keys, dtype=torch.int32, device=x.device), mask_noise(shape, x.device), module.p
-        )
+        masks = dropout_masks(self._next_keys(x.device), self._position_noise(shape, x.device), module.p)
         return x * masks.to(x.dtype) * (1.0 / (1.0 - module.p))
 
 
@@ -181,7 +229,7 @@ class InPlaceDropout:
     ) -> None:
         sites = range(len(rates))
         keys = [[[mask_key(seed, i, t, site) for site in sites] for i in image_ids] for t in range(passes)]
-        self.keys = torch.tensor(keys, dtype=torch.int32, device=device)  # T, B, sites; copied once
+        self.keys = sent(torch.tensor(keys, dtype=torch.int32), device)  # T, B, sites; copied once
         self.rates = rates
         self.passes = range(passes)
         self.noise: dict[torch.Size, Tensor] = {}

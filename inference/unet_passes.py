@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from inference.strided import StridedAdjoint
 from inference.upsampling import Cast, Composed, UpsampledConvolution, adjoint_kernel, bilinear_form, repeat
 from model import Decoder, DoubleConv, UNet
 
@@ -170,6 +171,8 @@ class _DecoderPass:
             if block.up.bias is not None:  # no dropout acts on it: it joins the skip half
                 self.up_bias = cast(block.up.bias.double().view(1, -1, 1, 1)), cast(up)
             self.up = Composed(up * scale, block.up.weight.double(), cast)
+        elif up.is_cuda:
+            self.up = StridedAdjoint(up * scale, cast)
         else:
             self.up = bilinear_form(up, scale, dtype, cast)
         self.weight, self.bias = cast(second), cast(second_bias)

@@ -66,7 +66,7 @@ class UpsampledConvolution(Protocol):
 def bilinear_form(weight: Tensor, scale: float, dtype: torch.dtype, cast: Cast) -> UpsampledConvolution:
     """Bilinear upsampling and a convolution, in the cheapest form.
 
-    The choice is a rule of the number of channels, the precision and the kind of device.
+    The choice is a rule of the number of channels and the precision; on a GPU it is :class:`inference.strided.StridedAdjoint`.
 
     Args:
         weight: (C', C, 3, 3) in float64.
@@ -76,7 +76,7 @@ def bilinear_form(weight: Tensor, scale: float, dtype: torch.dtype, cast: Cast) 
     """
     channels = weight.shape[1]
     form: type[Direct] | type[ExchangedRows] | type[Exchanged]
-    if weight.is_cuda or channels < (EXCHANGE_ROWS_FROM if dtype == torch.float32 else EXCHANGE_HALF_FROM):
+    if channels < (EXCHANGE_ROWS_FROM if dtype == torch.float32 else EXCHANGE_HALF_FROM):
         form = Direct
     else:
         form = Exchanged if channels >= EXCHANGE_FROM else ExchangedRows

@@ -159,14 +159,19 @@ def load_training_state(path: Path) -> dict[str, Any]:
 
 def check_resumable(
     state: Mapping[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Mapping[str, Any]
-) -> None:
+) -> dict[str, Any]:
     """Refuse the state of a training that this network and this optimiser cannot go on from.
+
+    An optimiser may be fused on one device and not on another, which decides nothing but rounding.
 
     Args:
         state: of the training.
         path: its file.
         model, optimizer: as they are set up.
         scaler: the state of the gradient scaler that was set up.
+
+    Returns:
+        The state of the optimiser, fused where this one is.
 
     Raises:
         UserError: says what does not fit.
@@ -183,12 +188,14 @@ def check_resumable(
             raise Mismatch("the optimiser has other groups")
         for found, own in groups:
             number(0, math.inf)(found.get("lr"), "the learning rate")
-            changed = [key for key in own if key != "lr" and key in found and not _same(found[key], own[key])]
+            changed = [key for key in own if key not in ("lr", "fused") and key in found and not _same(found[key], own[key])]
             if changed:
                 raise Mismatch(f"the optimiser has another {changed[0]}")
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers = [place for group in state["optimizer"]["param_groups"] for place in group["params"]]
         _check_moments(state["optimizer"]["state"], dict(zip(numbers, parameters)))
+        fused = optimizer.defaults.get("fused")
+        return {**state["optimizer"], "param_groups": [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]}
     except Mismatch as error:
         raise UserError(f"{path} does not fit the training that it is of ({error}); delete it and run again") from error
 

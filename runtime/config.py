@@ -108,7 +108,7 @@ class Config:
 
     passes: int = _after(30, "stochastic forward passes per image (T)", "uncertainty", int, low=2, high=10**6)
     target_layer: str = _after("encoder4", "layer whose activations Grad-CAM weighs: encoder4 or bottleneck of the U-Net, the path of a module with --model", "uncertainty", metavar="LAYER")
-    precision: str = _after("auto", "precision of the maps; auto: fp32", "uncertainty", choices=PRECISIONS)
+    precision: str = _after("auto", "precision of the maps; auto: fp16 for the U-Net on CUDA, else fp32", "uncertainty", choices=PRECISIONS)
     cam_scale: str = _after("maximum", "each heatmap is divided by its maximum, or not", "uncertainty", choices=("maximum", "none"))
     cam_score: str = _after("all", "logits that the score of Grad-CAM sums: all, or those of the lesion that the pass predicts", "uncertainty", choices=CAM_SCORES)
     flips: bool = _setting(False, "also save how the prediction varies over flips and quarter turns, and judge it as a detector of errors", "uncertainty", bool)

@@ -1,11 +1,13 @@
-"""Which device computes, and in which precision the network is trained on it."""
+"""Which device computes, in which precision the network is trained on it, and how data get there."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from runtime.errors import UserError
 
@@ -57,3 +59,24 @@ def training_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Mixed precision of that type; nothing for float32, about which some devices would warn."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+@contextmanager
+def reproducible_convolutions() -> Iterator[None]:
+    """Within: cuDNN takes only algorithms that give the same bits each time; put back afterwards.
+
+    ``torch.backends.cudnn.benchmark`` stays as it is, which is off: it takes the algorithm that was fastest in a race, and
+    the winner, with its rounding, may be another one in the next process.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic
+    try:
+        cudnn.deterministic = True
+        yield
+    finally:
+        cudnn.deterministic = before
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; on its way to CUDA nobody waits, neither for it nor for what is being computed."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

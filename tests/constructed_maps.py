@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from device import DEVICE
 
 
 class Images:
@@ -41,7 +42,7 @@ def make_images(count: int, size: int = 24, seed: int = 0, prefix: str = "image"
             "expected_entropy": 0.6 * probability * (1 - probability),
             "true_mask": (distance < 0).to(torch.uint8),
         }
-        items.append((f"{prefix}_{index:04d}", maps))
+        items.append((f"{prefix}_{index:04d}", {name: value.to(DEVICE) for name, value in maps.items()}))
     return Images(items)
 
 
@@ -78,5 +79,5 @@ def label_copies(count: int = 12, seed: int = 1) -> Images:
     images, generator = make_images(count, seed=seed), torch.Generator().manual_seed(seed)
     for _, maps in images:
         predicted = (maps["mean_prediction"] > 0.5).float()
-        maps["saliency_variance"] = 0.1 * predicted + 0.05 * torch.rand(predicted.shape, generator=generator)
+        maps["saliency_variance"] = 0.1 * predicted + 0.05 * torch.rand(predicted.shape, generator=generator).to(DEVICE)
     return images

@@ -9,6 +9,7 @@ from typing import Any, Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from numpy.typing import NDArray
 from torch import nn
 
@@ -33,12 +34,12 @@ def unet(upsampling: str = "bilinear", dropout: float = 0.2, seed: int = SEED, w
         elif isinstance(module, nn.Conv2d):
             module.weight.data.mul_(1.6)
     model.head.weight.data.mul_(3.0)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def pictures(count: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 1) -> torch.Tensor:
     """Noise, float32 (count, 3, height, width)."""
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def numpy_mask(seed: int, image_id: str, t: int, site: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
@@ -54,7 +55,7 @@ def numpy_mask(seed: int, image_id: str, t: int, site: int, shape: tuple[int, ..
     key = np.uint32(int.from_bytes(digest[:4], "little"))
     mixed = mix(mix(np.arange(1, math.prod(shape) + 1, dtype=np.uint32)) ^ key)
     # the comparison is one of signed integers, whose smallest stands for zero
-    return torch.from_numpy(mixed.view(np.int32).astype(np.int64) + 2**31 >= round(p * 2**32)).view(shape)
+    return torch.from_numpy(mixed.view(np.int32).astype(np.int64) + 2**31 >= round(p * 2**32)).view(shape).to(DEVICE)
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import DEVICE
 from torch import nn
 
 from model import UPSAMPLINGS, UNet
@@ -12,11 +13,11 @@ from runtime import config
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
 def test_widths_sites_and_shapes(upsampling):
-    model = UNet(8, 0.2, upsampling).eval()
+    model = UNet(8, 0.2, upsampling).eval().to(DEVICE)
     shapes = {}
     for name in ("encoder1", "encoder2", "encoder3", "encoder4", "bottleneck", "decoder4", "decoder3", "decoder2", "decoder1"):
         getattr(model, name).register_forward_hook(lambda m, i, o, name=name: shapes.update({name: tuple(o.shape[1:])}))
-    logits = model(torch.zeros(2, 3, 32, 48))
+    logits = model(torch.zeros(2, 3, 32, 48, device=DEVICE))
     assert logits.shape == (2, 1, 32, 48)
     assert [shapes[f"encoder{i}"] for i in (1, 2, 3, 4)] == [(8, 32, 48), (16, 16, 24), (32, 8, 12), (64, 4, 6)]
     assert shapes["bottleneck"] == (64 if upsampling == "bilinear" else 128, 2, 3)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device import DEVICE
 from sklearn.metrics import log_loss
 
 from dataset import normalise, split_ids
@@ -20,9 +21,9 @@ from runtime.errors import UserError
 from runtime.processes import ProcessGroup
 from train import Progress, learning_rate, resumable_state, save_best, train, validate
 
-CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine")
+CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine", workers=0)
 CPU = torch.device("cpu")
-ALONE = ProcessGroup(0, 1, CPU)
+ALONE = ProcessGroup(0, 1, DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def run(folder, data, config=CONFIG, report=lambda count, note: None, **options)
 
 def stacked(pairs, ids):
     """Images and masks of these ids, as tensors."""
-    return (torch.stack([torch.from_numpy(part(id).copy()) for id in ids]) for part in (pairs.image, pairs.mask))
+    return (torch.stack([torch.from_numpy(part(id).copy()) for id in ids]).to(DEVICE) for part in (pairs.image, pairs.mask))
 
 
 def test_cosine_schedule_goes_from_the_start_to_a_hundredth():
@@ -100,6 +101,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, data, images, wo
     assert strip[0] == strip[1]
 
 
+def test_a_state_of_a_fused_optimiser_is_gone_on_from_as_the_device_computes(tmp_path, data):
+    """The state is that of this very device, but for the word; so must be what follows."""
+    whole, path = run(tmp_path / "whole", data), tmp_path / "broken" / "weights" / "training_state.pth"
+
+    def interrupt(count, note):
+        if note.startswith("epoch 2/"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", data, report=interrupt)
+    state = load_checkpoint(path)
+    own = state["optimizer"]["param_groups"][0]["fused"]
+    state["optimizer"]["param_groups"][0]["fused"] = None if own else True
+    save_checkpoint(path, state)
+    resumed = run(tmp_path / "broken", data)
+    assert weights_fingerprint(resumed.model) == weights_fingerprint(whole.model)
+    assert load_checkpoint(path)["optimizer"]["param_groups"][0]["fused"] == own
+
+
 def test_best_weights_that_a_power_loss_took_are_made_again_byte_for_byte(tmp_path, data):
     pairs, split = data
 
@@ -140,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_with_the_epoch_named(tmp_path, data):
 def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
     pairs, split = data
     torch.manual_seed(0)
-    model = UNet(4).eval()
+    model = UNet(4).eval().to(DEVICE)
     by_three = validate(model, pairs, split.train, 3, 0.5, ALONE)
     at_once = validate(model, pairs, split.train, 100, 0.5, ALONE)
     for key in by_three:  # ragged batches weigh every image alike
@@ -148,7 +168,7 @@ def test_the_loss_reported_is_that_of_the_validation_pixels(tmp_path, data):
     images, masks = stacked(pairs, split.train)
     with torch.no_grad():
         probability = torch.sigmoid(model(normalise(images)).double())
-    assert by_three["loss"] == pytest.approx(log_loss(masks.flatten(), probability.flatten()), rel=1e-5)
+    assert by_three["loss"] == pytest.approx(log_loss(masks.flatten().cpu(), probability.flatten().cpu()), rel=1e-5)
 
 
 def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
@@ -157,7 +177,7 @@ def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
     config = replace(CONFIG, epochs=1, batch_size=len(split.train), lr=1e-4, schedule="constant", augment="none", amp="fp32")
     trained = dict(run(tmp_path, data, config).model.named_parameters())
     torch.manual_seed(config.seed)
-    drawn = UNet(config.width, config.dropout).train()
+    drawn = UNet(config.width, config.dropout).to(DEVICE).train()
     moves = torch.cat([(trained[name] - before).flatten() for name, before in drawn.named_parameters()]).detach()
     assert moves.abs().max() < 1.01e-4 and moves.abs().median() == pytest.approx(1e-4, rel=0.01)
     # the gradient of the last bias under cross-entropy: predicted less true share of lesion
@@ -165,6 +185,12 @@ def test_a_step_is_one_of_adam_on_cross_entropy(tmp_path, data):
     with torch.no_grad():
         excess = torch.sigmoid(drawn(normalise(images))).mean() - masks.float().mean()
     assert abs(excess) > 0.01 and (trained["head.bias"] - drawn.head.bias) * excess < 0
+
+
+def test_training_is_reproducible_on_cuda_too_and_leaves_the_switch_as_it_was(tmp_path, data):
+    seen, before = [], torch.backends.cudnn.deterministic
+    run(tmp_path, data, replace(CONFIG, epochs=1), lambda count, note: seen.append(torch.backends.cudnn.deterministic))
+    assert all(seen) and len(seen) > 1 and torch.backends.cudnn.deterministic == before
 
 
 def test_each_epoch_is_announced_and_reported(tmp_path, data):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from constructed_networks import HEIGHT, MAPS, WIDTH, numpy_mask, pictures, relative_error, unet
+from device import DEVICE
 from torch import nn
 
 import inference.flips
@@ -51,7 +52,7 @@ def reference(
     relative to the root mean square of its map. The gradient jumps there, so
     float32 can be held to it only where its rounding decides no sign.
     """
-    twin = UNet(**model.options).double()
+    twin = UNet(**model.options).double().to(DEVICE)
     twin.load_state_dict(model.state_dict())
     twin.eval()
     margins = []
@@ -103,8 +104,8 @@ def reference(
         size = sum(int(a.sum() + b.sum()) for a, b in combinations(lesions, 2))
         columns.append((
             p.mean(0), ((p - p.mean(0)) ** 2).mean(0), ((cam - cam.mean(0)) ** 2).mean(0),
-            torch.stack(entropies).detach().mean(0), torch.tensor(empty),
-            torch.tensor(shared / size if size else 1.0, dtype=torch.float64),
+            torch.stack(entropies).detach().mean(0), torch.tensor(empty, device=DEVICE),
+            torch.tensor(shared / size if size else 1.0, dtype=torch.float64, device=DEVICE),
         ))
     return [torch.stack(column) for column in zip(*columns)], min(margins)
 
@@ -219,7 +220,7 @@ def test_two_processes_agree_bit_for_bit():
         "m = unet()\n"
         "for method in ('general', 'fast'):\n"
         "    maps = uncertainty_maps(m, pictures(), target_layer=m.encoder4, passes=3, method=method)\n"
-        "    print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in maps)).hexdigest())\n"
+        "    print(hashlib.sha256(b''.join(x.cpu().numpy().tobytes() for x in maps)).hexdigest())\n"
     )
     command = [sys.executable, "-c", program, str(ROOT), str(Path(__file__).parent)]
     outputs = [
@@ -275,7 +276,7 @@ def test_constant_predictions_have_zero_variance(method):
     nn.init.constant_(model.head.bias, 0.5)
     maps = uncertainty_maps(model, pictures(), target_layer=model.encoder4, passes=4, method=method)
     assert not maps.pred_variance.any() and not maps.saliency_variance.any()
-    torch.testing.assert_close(maps.mean_prediction, torch.full((2, HEIGHT, WIDTH), 1 / (1 + math.exp(-0.5))))
+    torch.testing.assert_close(maps.mean_prediction, torch.full((2, HEIGHT, WIDTH), 1 / (1 + math.exp(-0.5)), device=DEVICE))
     assert maps.empty_cams.tolist() == [4, 4]
 
 
@@ -376,7 +377,7 @@ def test_grad_cam_is_that_of_pytorch_grad_cam(target):
         cam, _ = grad_cam(activations, a, normalise=False)
         ours = F.interpolate(rescaled(cam)[None], (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0, 0]
         ours = rescaled(ours)
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours.cpu(), theirs, atol=1e-4)
         assert ours.max() > 0.5
 
 
@@ -494,7 +495,7 @@ class Aside(nn.Module):
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_target_that_the_logits_do_not_depend_on_is_an_error(cut):
-    model = Aside(cut)
+    model = Aside(cut).to(DEVICE)
     with pytest.raises(ValueError, match="do not depend on the output of the target layer"):
         uncertainty_maps(model, pictures(), target_layer=model.aside, passes=2)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -528,7 +529,7 @@ def test_another_librarys_network_works():
     torch.manual_seed(0)
     model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=1, aux_loss=None
-    )
+    ).to(DEVICE)
     for module in model.modules():  # one look at some data, or an untrained network's signal dies out
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

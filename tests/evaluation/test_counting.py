@@ -37,8 +37,8 @@ def everything(images, fused, name):
     """A score, outcomes and correctness of all pixels of a split, as flat arrays."""
     scores, outcome = [], []
     for _, maps in images:
-        scores.append(uncertainty_scores(maps, fused)[name].flatten().numpy())
-        outcome.append(slow_outcome(maps))
+        scores.append(uncertainty_scores(maps, fused)[name].flatten().cpu().numpy())
+        outcome.append(slow_outcome({key: value.cpu() for key, value in maps.items()}))
     scores, outcome = np.concatenate(scores), np.concatenate(outcome)
     return scores, outcome, np.isin(outcome % 4, (0, 3))
 

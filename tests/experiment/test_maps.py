@@ -18,13 +18,14 @@ from evaluation.fusion import Fusion, Linear
 from experiment.map_files import EXTRA_ARRAYS, MAP_ARRAYS, read_maps, write_maps
 from experiment.maps import MEASURED, SavedMaps, make_maps, map_options
 from experiment.run import Run
+from inference.precision import automatic_precision
 from isic.cache import decode_pairs
 from isic.layout import find_pairs, isic_folders
 from model import UNet
 from runtime.config import Config, parse_config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
-from uncertainty import AUTO_PRECISION, CAM_SCORES, flip_variance, uncertainty_maps
+from uncertainty import CAM_SCORES, flip_variance, uncertainty_maps
 
 CPU = torch.device("cpu")
 ALONE = ProcessGroup(0, 1, CPU)
@@ -66,7 +67,8 @@ def test_the_default_maps_are_the_study_s():
     model = UNet(4)
     options = map_options(parse_config([], ""), model)
     assert options["target_layer"] is model.encoder4 and options["normalise_cam"] is True
-    assert (options["passes"], options["seed"], options["precision"], AUTO_PRECISION) == (30, 42, "auto", "fp32")
+    assert (options["passes"], options["seed"], options["precision"]) == (30, 42, "auto")
+    assert automatic_precision(CPU, fast=True) == "fp32"
     other = map_options(parse_config(["--cam-scale", "none", "--target-layer", "bottleneck"], ""), model)
     assert other["target_layer"] is model.bottleneck and other["normalise_cam"] is False
 

@@ -24,6 +24,7 @@ from experiment.results import (
     held,
     identity_inputs,
     results_folder,
+    settings_inputs,
     unfinish,
     write_counts,
 )
@@ -345,3 +346,17 @@ def test_the_counts_of_both_parts_are_saved_with_the_identity(results, source, d
         assert set(content.files) == {"identity", "validation/bins", "test/bins"}
         assert str(content["identity"]) == run.identity
         assert content["validation/bins"].tolist() == [1, 1, 1] and content["test/bins"].tolist() == [2, 2, 2]
+
+
+# ---------------------------------------------------------------- the precision of the maps
+
+
+def test_maps_of_a_gpu_are_not_those_of_the_cpu_and_a_run_on_the_cpu_keeps_its_identity():
+    def inputs(device: str, **options: object) -> dict:
+        return settings_inputs(Config(amp="fp32", **options), torch.device(device))
+
+    cpu, cuda = inputs("cpu"), inputs("cuda")
+    assert cpu["precision"] == "auto" and cuda == {**cpu, "maps_precision": "fp16"}
+    other = {"model": "constructed_networks:plain", "target_layer": "bottom"}
+    for options in ({"precision": "fp32"}, {"precision": "bf16"}, other):
+        assert inputs("cuda", **options) == inputs("cpu", **options)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from constructed_networks import HEIGHT, MAPS, WIDTH, pictures, relative_error, unet
+from device import DEVICE
 from torch import nn
 
 from inference import unet_passes, upsampling
@@ -25,7 +26,7 @@ def test_border_sums_replace_the_convolution():
 def test_folding_batch_norms_changes_no_output():
     """``(W x - m) / sqrt(v + eps) g + b`` in float64, for both convolutions of a block."""
     block = unet().double().encoder1
-    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64).to(DEVICE)
     expected, y = block(x), x
     for weight, bias in unet_passes._folded(block):
         assert weight.dtype == bias.dtype == torch.float64
@@ -55,6 +56,7 @@ def test_without_dropout_a_pass_is_the_plain_network(upsampling_by, target):
 def test_drop_is_asked_for_every_site_and_row_once_there_and_once_back_at_the_target(monkeypatch):
     """Sites 0 to 3, each over all rows in pieces; at the bottleneck its mask acts on the gradient as well."""
     monkeypatch.setattr(unet_passes, "PIECE", 1)
+    monkeypatch.setattr(unet_passes, "PIECE_CUDA", 1)
     model = unet()
     for target, times in ((model.encoder4, 1), (model.bottleneck, 2)):
         engine = UNetPasses(model, target)
@@ -74,6 +76,7 @@ def test_pieces_and_bands_change_nothing_but_rounding(monkeypatch):
     model, images = unet(), pictures(1)
     maps = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
     monkeypatch.setattr(unet_passes, "PIECE", 1 << 10)
+    monkeypatch.setattr(unet_passes, "PIECE_CUDA", 1 << 10)
     monkeypatch.setattr(upsampling, "BAND", 1 << 10)
     pieces = uncertainty_maps(model, images, target_layer=model.encoder4, passes=4)
     for name in MAPS:

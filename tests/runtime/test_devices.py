@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from runtime.devices import autocast, resolve_device, training_precision
+from runtime.devices import autocast, reproducible_convolutions, resolve_device, sent, training_precision
 from runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -61,3 +61,17 @@ def test_autocast_is_nothing_for_float32():
     for precision in (torch.float32, torch.bfloat16):
         with autocast(CPU, precision):
             assert (x @ x).dtype == precision
+
+
+def test_convolutions_are_reproducible_within_and_as_before_afterwards():
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with pytest.raises(ZeroDivisionError), reproducible_convolutions():
+        assert cudnn.deterministic and cudnn.benchmark == before[1]
+        raise ZeroDivisionError
+    assert (cudnn.deterministic, cudnn.benchmark) == before
+
+
+def test_what_is_sent_to_the_cpu_is_what_was_given():
+    x = torch.arange(4)
+    assert sent(x, torch.device("cpu")) is x
