@@ -103,57 +103,57 @@ def run_experiment(config: Config) -> dict[str, Any]:
 
 def run_training(config: Config, results: Path, inputs: Inputs, group: ProcessGroup) -> dict[str, Any]:
     """One training, from weights to its report; returns what its ``metrics.json`` holds."""
-    from evaluation.fusion import lambda_grid
-    from evaluation.tuning import tune
     from experiment.maps import make_maps
-    from experiment.numbers import measure, measure_targets
+    from experiment.numbers import measure, measure_targets, tuned_on
     from experiment.results import claim_results
     from experiment.targets import make_target_maps
     from runtime.checkpoints import weights_fingerprint
     from runtime.records import fingerprint
+    from runtime.stages import start_clock, timed
 
-    started, data = time.perf_counter(), inputs.data
+    clock, data = start_clock(), inputs.data
     claimed = claim_results(results, config, inputs.source, data, group, inputs.records)
-    model = train_model(claimed, data)
+    with timed("training"):
+        model = train_model(claimed, data)
     run = replace(claimed, identity=fingerprint([claimed.identity, weights_fingerprint(model)]))
 
     if data is None:  # only other test sets are left to be measured
         metrics, rows = measure_targets(run, partial(make_target_maps, run, model, inputs.targets))
     else:
         validation = make_maps(run, model, data.pairs, "validation", data.split.validation)
-        tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
+        tuned = tuned_on(run, validation)
         test = make_maps(run, model, data.pairs, "test", data.split.test, tuned.fusion)
         others = make_target_maps(run, model, inputs.targets, tuned.fusion)
         metrics, rows = measure(run, tuned, validation, test, data.groups, others)
         metrics["skipped"] = [entry._asdict() for entry in data.skipped]
     metrics.update(
         synthetic=inputs.source.synthetic, data_note=config.data_note, identity=run.identity,
-        config_identity=claimed.identity, minutes=(time.perf_counter() - started) / 60,
+        config_identity=claimed.identity, minutes=clock.minutes, seconds_by_stage=clock.stages,
     )
     return group.shared(lambda: finish_run(run, metrics, rows, inputs.picture if data else None))
 
 
 def judge_maps(config: Config) -> dict[str, Any]:
     """Judge maps that something else made, as those of a run are; returns what ``metrics.json`` holds."""
-    from evaluation.fusion import lambda_grid
-    from evaluation.tuning import tune
-    from experiment.numbers import measure
+    from experiment.numbers import measure, tuned_on
     from experiment.own_maps import claim_maps, described, find_maps, kept_of_maps, maps_folder, take_maps
     from experiment.pooling import check_margins
     from experiment.results import held
     from reporting.console import show_result
     from runtime.processes import process_group
+    from runtime.stages import start_clock
 
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), start_clock()
     check_margins(config.margin)
     with process_group(config.device) as group:
         given, results = find_maps(config, group), maps_folder(config)
         with held(results, group, kept_of_maps):
             run = claim_maps(results, config, given, group)
             validation, test = (take_maps(run, given, part) for part in ("validation", "test"))
-            tuned = group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
+            tuned = tuned_on(run, validation)
             numbers = measure(run, tuned, validation, test, given.groups or None)
-            metrics = {**described(given, run, numbers.metrics), "minutes": (time.perf_counter() - started) / 60}
+            found = described(given, run, numbers.metrics)
+            metrics = {**found, "minutes": clock.minutes, "seconds_by_stage": clock.stages}
             sealed = group.shared(lambda: finish_run(run, metrics, numbers.rows, test.picture))
             group.shared(lambda: show_result(sealed, results, given.folders["test"].name, time.perf_counter() - started))
             return sealed

@@ -38,6 +38,7 @@ from runtime.processes import ProcessGroup
 from runtime.records import write_csv
 from runtime.resources import naming_shortage
 from runtime.signals import end_with_parent
+from runtime.stages import reused
 from runtime.upsampling import with_reproducible_upsampling
 
 
@@ -127,6 +128,7 @@ def train(
     if saved is not None:
         training.load_state(saved, state_path)
         progress = Progress(**saved["progress"])
+        reused("training", progress.epoch)
         if group.is_main:  # a run may have died just before it wrote this
             write_csv(results / "training_log.csv", progress.log)
     report(progress.epoch * len(train_ids), f"epoch {progress.epoch}/{config.epochs}")
@@ -154,10 +156,8 @@ def train(
             epochs_without_improvement=0 if improved else progress.epochs_without_improvement + 1,
         )
         if improved:
-            progress = replace(
-                progress, best_dice=scores["dice"], best_epoch=progress.epoch,
-                best_weights=weights_fingerprint(training.model),
-            )
+            weights = weights_fingerprint(training.model)
+            progress = replace(progress, best_dice=scores["dice"], best_epoch=progress.epoch, best_weights=weights)
         if group.is_main:
             state = {**training.state(), "identity": identity, "progress": asdict(progress)}
             # the state first: from it a lost or older best_model.pth can be made again, not the other way round

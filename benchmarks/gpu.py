@@ -228,7 +228,7 @@ def whole_study(runs: Runs, data: Path, small: bool) -> tuple[Step, Path]:
     stages = metrics.get("seconds_by_stage") or {}
     overflowed = sum(metrics[part].get("precision_fallbacks") or 0 for part in ("validation", "test"))
     found = f"test Dice {metrics['test']['dice']:.3f}, {metrics['minutes'] * 60:.0f} s after decoding, {overflowed} overflows"
-    lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.1f} |" for name, value in stages.items())]
+    lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {entry['seconds']:.1f} |" for name, entry in stages.items())]
     right = small or metrics["minutes"] * 60 <= SECONDS_OF_STUDY
     return Step("the whole study", right, seconds, found, "\n".join(lines) if stages else ""), folder
 

@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.arrays import Array
+from evaluation.arrays import Array, divide
 from evaluation.fusion import Fusion
 from evaluation.joint import variance_cell
 from evaluation.names import PREDICTIVE, SALIENCY
 from evaluation.parallel import in_threads
-from evaluation.ranking import auroc
 
 #: Upper edges of the log-odds of ``max(p, 1 - p)``; beyond the last, one more cell.
 SURENESS_EDGES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.5, 8.0)
@@ -170,23 +169,45 @@ def cross_fitted_auroc(
     if not (total[1] if region == "predicted_lesion" else total).any():  # no pixel is predicted lesion
         return {model: np.full(len(weights), np.nan) for model in models}
     known = design(total, region)
-    flat = counts.reshape(len(counts), 2, -1)[:, :, known.cells].astype(np.float32)
+    flat = counts.reshape(len(counts), 2, -1)[:, :, known.cells].astype(float)
     present = [folds == fold for fold in np.unique(folds)]
-    scored = [(weights[:, fold].astype(np.float32) @ flat[fold].reshape(int(fold.sum()), -1)) for fold in present]
-    correct, wrong = (
-        np.concatenate([part.reshape(len(weights), 2, -1)[:, side] for part in scored], 1) for side in (0, 1)
-    )  # R, F * M
-    everywhere = flat.sum(0, dtype=float)
+    everywhere, (correct, wrong) = flat.sum(0), weights @ flat.sum(-1).T[:, :, None]
     result = {}
     for model in models:
         features = known.features[model]
-        score = np.concatenate([
-            features @ fit_logistic(features, *(everywhere - flat[fold].sum(0, dtype=float))) for fold in present
-        ])
-        order = np.argsort(score, kind="stable")
-        starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf) > 1e-12)
-        result[model] = auroc(*(np.add.reduceat(part[:, order].astype(float), starts, axis=1) for part in (correct, wrong)))
+        scores = np.stack([features @ fit_logistic(features, *(everywhere - flat[fold].sum(0))) for fold in present])
+        pairs = _ranked_pairs(flat, present, scores)
+        result[model] = divide(((weights @ pairs) * weights).sum(1), (correct * wrong)[:, 0])
     return result
+
+
+def _ranked_pairs(flat: Array, folds: Sequence[Array], scores: Array) -> Array:
+    """How many pairs of a wrong pixel of one image and a correct one of another are ranked right, ties counted half.
+
+    The number of such pairs in a resample is quadratic in how often each image was drawn: its AUROC follows from this
+    matrix, whatever the number of resamples. All sums are whole or half numbers below 2**53, hence exact.
+
+    Args:
+        flat: correct and wrong pixels by image and cell, (I, 2, M).
+        folds: the images of each fold, bool (I,); each image in one of them.
+        scores: of the cells under the model of each fold, (F, M).
+
+    Returns:
+        (I, I): image of the wrong pixel, image of the correct one.
+    """
+    order = np.argsort(scores, axis=None, kind="stable")
+    tied = np.empty(scores.size, dtype=np.int64)
+    tied[order] = np.cumsum(np.diff(scores.ravel()[order], prepend=-np.inf) > 1e-12)  # but for rounding
+    groups: Array = tied.reshape(scores.shape)
+    pairs = np.empty((len(flat), len(flat)))
+    for right, ranks in zip(folds, groups):
+        ascending = np.argsort(ranks, kind="stable")
+        below = np.zeros((int(right.sum()), len(ranks) + 1))
+        np.cumsum(flat[right, 0][:, ascending], axis=1, out=below[:, 1:])
+        for wrong, other in zip(folds, groups):
+            first, last = (np.searchsorted(ranks[ascending], other, side) for side in ("left", "right"))
+            pairs[np.ix_(wrong, right)] = flat[wrong, 1] @ (0.5 * (below[:, first] + below[:, last])).T
+    return pairs
 
 
 def permuted(counts: Array, rng: np.random.Generator) -> Array:
@@ -221,10 +242,12 @@ def permutation_null(counts: Array, folds: Array, region: str, permutations: int
         "mean" and "largest" of the permuted gains, and "p_value", the share of permutations (with the data themselves)
         that gain as much as the data; NaN where there is no gain to be had, as without a predicted lesion.
     """
-    once = np.ones((1, len(counts)))
+    numbers = np.unique(folds)
 
     def gain(cells: Array) -> float:
-        found = cross_fitted_auroc(cells, folds, once, region, ("predictive_variance", "saliency_variance"))
+        by_fold = np.stack([cells[folds == fold].sum(0) for fold in numbers])  # images of a fold need not be told apart
+        once = np.ones((1, len(numbers)))
+        found = cross_fitted_auroc(by_fold, numbers, once, region, ("predictive_variance", "saliency_variance"))
         return float(found["saliency_variance"][0] - found["predictive_variance"][0])
 
     def gain_of_permutation(number: int) -> float:

@@ -34,6 +34,8 @@ UNTEMPERED, TEMPERED, FLIPS = "one_minus_max_probability", "temperature_scaled",
 #: Measures that are given of every detector, raw; the first three also after recalibration.
 MEASURES = ("brier", "log_loss", "ece", "auroc")
 KINDS = ("raw", "isotonic", "platt")
+#: How often :func:`detector_numbers` reads each validation and each test image; the former once more with flips.
+DETECTOR_READS = (2, 1)
 #: The temperature is sought between these.
 COLDEST, HOTTEST = 0.01, 100.0
 

@@ -15,7 +15,6 @@ Shapes: I images, K cells per variance (M = K * K), R resamples, G of them with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -115,18 +114,26 @@ class Training:
 
 
 class _Scale(NamedTuple):
-    """What is normalised to 1 of both variances, and the rows of the resamples that have it."""
+    """What is normalised to 1 of both variances, and the neighbouring rows of the sorted resamples that have it."""
 
     high: tuple[float, float]
-    rows: Array
+    rows: slice
 
 
-def _scales(joint: Joint, weights: Array) -> Iterator[_Scale]:
-    """The largest variances of every resample (R, I), each pair once: few, as one of ten images holds nearly every one."""
-    high = np.where(weights[:, :, None] > 0, joint.largest, -np.inf).max(1)
+def _scales(joint: Joint, weights: Array) -> tuple[Array, list[_Scale]]:
+    """The largest variances of every resample (R, I), each pair once: few, as one of ten images holds nearly every one.
+
+    Returns:
+        The order of the resamples in which those of one scale are neighbours, (R,), and the scales.
+    """
+    high = np.stack([np.where(weights > 0, joint.largest[:, i], -np.inf).max(1) for i in (0, 1)], 1)
     pairs, place = np.unique(high, axis=0, return_inverse=True)
-    for index, (first, second) in enumerate(pairs):
-        yield _Scale((float(first), float(second)), np.flatnonzero(place.ravel() == index))
+    order = np.argsort(place.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(place.ravel()))
+    return order, [
+        _Scale((float(first), float(second)), slice(int(start), int(end)))
+        for (first, second), start, end in zip(pairs, [0, *ends], ends)
+    ]
 
 
 def _normalised(joint: Joint, scale: _Scale) -> tuple[Array, Array]:
@@ -161,26 +168,43 @@ def scores_of_cells(procedure: str, predictive: Array, saliency: Array, lambdas:
     return lam * first + (1.0 - lam) * second
 
 
+def _spread(pixels: Array, place: Array, places: int, values: Array | None = None) -> Array:
+    """Add pixels up by place: a product with a sparse matrix, which has an entry per cell and layer.
+
+    Args:
+        pixels: by cell, (..., M) float64.
+        place: where a cell counts in each layer, (L, M) in [0, places).
+        places: P.
+        values: what a pixel of a cell counts with in each layer, (L, M); 1 where they are left out.
+
+    Returns:
+        (..., L, P).
+    """
+    from scipy.sparse import csr_array  # here, as SciPy takes a second to load
+
+    layers, cells = place.shape
+    columns = (place + places * np.arange(layers)[:, None]).T.ravel()
+    entries = np.ones(len(columns)) if values is None else values.T.ravel()
+    matrix = csr_array((entries, columns, np.arange(0, len(columns) + 1, layers)), shape=(cells, layers * places))
+    return np.asarray(pixels.reshape(-1, cells) @ matrix).reshape(*pixels.shape[:-1], layers, places)
+
+
 def _expected_error(scores: Array, wrong: Array, correct: Array, bins: int) -> Array:
     """ECE (G, L) of scores (L, M) from wrong and correct pixels (G, M) by cell."""
-    used = np.flatnonzero((wrong + correct).any(0))  # most cells hold no pixel of the foreground
-    scores, wrong, correct = scores[:, used], wrong[:, used], correct[:, used]
+    used = np.flatnonzero(wrong.any(0) | correct.any(0))  # most cells hold no pixel of the foreground
+    scores, pixels = scores[:, used], np.concatenate([wrong[:, used], correct[:, used]], 1)
     confidence = 1.0 - scores
-    inside = bin_index(confidence, bins)[..., None] == np.arange(bins)  # L, M, B
-    one_hot = inside.transpose(1, 0, 2).reshape(scores.shape[1], -1).astype(float)  # M, L * B
-    weighted = one_hot * np.repeat(confidence.T, bins, axis=1)
-    gap = correct @ one_hot - (wrong + correct) @ weighted
-    return divide(np.abs(gap).reshape(len(wrong), len(scores), bins).sum(-1), (wrong + correct).sum(1, keepdims=True))
+    inside = bin_index(confidence, bins)
+    gap = _spread(pixels, np.concatenate([inside, inside], 1), bins, np.concatenate([-confidence, 1.0 - confidence], 1))
+    return divide(np.abs(gap).sum(-1), pixels.sum(1, keepdims=True))
 
 
 def _error_auroc(score: Array, counts: Array) -> Array:
     """AUROC of errors (G,) of one score (M,) from pixels (G, 4, M) by outcome and cell."""
-    used = np.flatnonzero(counts.any((0, 1)))
-    score, counts = score[used], counts[:, :, used]
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=-1.0))
-    correct, wrong = counts[:, 0] + counts[:, 3], counts[:, 1] + counts[:, 2]
-    return auroc(*(np.add.reduceat(part[:, order], starts, axis=1) for part in (correct, wrong)))
+    sides = np.stack([counts[:, 0] + counts[:, 3], counts[:, 1] + counts[:, 2]])[..., order]  # correct and wrong pixels
+    return auroc(*(sides if len(starts) == len(order) else np.add.reduceat(sides, starts, axis=-1)))
 
 
 def image_aurc(uncertainty: Array, risk: Array, weights: Array) -> Array:
@@ -223,67 +247,108 @@ def resampled_measures(
         of ``RECALIBRATED`` where they are asked for. NaN where a resample holds no pixel of a measure's region.
         Approximate to the width of a cell.
     """
+    order, scales = _scales(training.validation, validation_weights)
+    weights = _Weights(validation_weights[order], test_weights[order])
     result: dict[str, dict[str, Array]] = {}
-    by_variant: dict[int, list[str]] = {}
-    for procedure in procedures:
-        by_variant.setdefault(_VARIANT.get(procedure, 0), []).append(procedure)
-    for variant, members in by_variant.items():
-        fitted = _summed(training.validation, variant, validation_weights)
-        measured = _summed(training.test, variant, test_weights)
-        for procedure in members:
-            offsets = _offsets(training) if procedure == "fused" else (0.0, 0.0)
+    for kind in dict.fromkeys(_kind(procedure) for procedure in procedures):
+        pixels = _Pixels.of(training.validation, kind, weights.validation), _Pixels.of(training.test, kind, weights.test)
+        for procedure in (procedure for procedure in procedures if _kind(procedure) == kind):
             names = (*MEASURES, "tuned", *(RECALIBRATED if procedure in recalibrated else ()))
-            found = {name: np.full(len(test_weights), np.nan) for name in names}
-            work = partial(_measure, training, procedure, variant, fitted, measured, test_weights, offsets, found)
-            scales = list(_scales(training.validation, validation_weights))  # each has rows of its own
-            in_threads(work, scales, len(scales))
-            result[procedure] = found
-    return result
+            found = {name: np.full(len(order), np.nan) for name in names}
+            offsets = _offsets(training) if procedure == "fused" else (0.0, 0.0)
+            # each scale has rows of its own
+            in_threads(partial(_measure, training, procedure, pixels, weights, offsets, found), scales, len(scales))
+            result[procedure] = {name: values[np.argsort(order)] for name, values in found.items()}
+    return {procedure: result[procedure] for procedure in procedures}
+
+
+def _kind(procedure: str) -> int | None:
+    """The variant of the joint histograms that a procedure takes; None where predictive variance alone decides."""
+    return _VARIANT.get(procedure, 0 if procedure == "fused" else None)
+
+
+class _Weights(NamedTuple):
+    """How often each image was drawn, (R, I) of each split, the resamples of one scale being neighbours."""
+
+    validation: Array
+    test: Array
+
+
+class _Pixels(NamedTuple):
+    """The pixels of every resample of a split in the cells that hold any.
+
+    Attributes:
+        cells: numbers of these cells, (M,); of predictive variance alone, or of both variances.
+        of_images: (I, 4, M) float32.
+        drawn: of every resample, (R, 4, M) float32.
+    """
+
+    cells: Array
+    of_images: Array
+    drawn: Array
+
+    @classmethod
+    def of(cls, joint: Joint, kind: int | None, weights: Array) -> _Pixels:
+        """Those of a variant, or, where it is None, of predictive variance alone."""
+        images, counts = len(joint.counts), joint.counts[:, 0].sum(-1) if kind is None else joint.counts[:, kind]
+        counts = counts.reshape(images, 4, -1)
+        cells = np.flatnonzero(counts.any((0, 1)))
+        of_images = np.ascontiguousarray(counts[:, :, cells], dtype=np.float32)
+        drawn = weights.astype(np.float32) @ of_images.reshape(images, -1)
+        return cls(cells, of_images, drawn.reshape(len(weights), 4, -1))
 
 
 def _offsets(training: Training) -> tuple[Array, Array]:
     """What counting every pixel changes in the lambda curve of each whole split, (L,) each."""
+    _, (scale,) = _scales(training.validation, total_weights(len(training.validation.counts)))
     found = []
     for joint, exact in zip((training.validation, training.test), training.curves):
-        (scale,) = _scales(training.validation, total_weights(len(training.validation.counts)))
-        pixels = _summed(joint, 0, total_weights(len(joint.counts)))
-        scores = scores_of_cells("fused", *_normalised(joint, scale), training.lambdas, 0.0)
+        cells, _, drawn = _Pixels.of(joint, 0, total_weights(len(joint.counts)))
+        scores = scores_of_cells("fused", *_normalised(joint, scale), training.lambdas, 0.0)[:, cells]
+        pixels = drawn.astype(float)
         found.append(exact - _expected_error(scores, pixels[:, 2], pixels[:, 3], training.bins)[0])
     return found[0], found[1]
 
 
-def _summed(joint: Joint, variant: int, weights: Array) -> Array:
-    """Pixels of every resample by outcome and cell, (R, 4, M)."""
-    counts = joint.counts[:, variant].reshape(len(joint.counts), -1).astype(np.float32)
-    return (weights.astype(np.float32) @ counts).reshape(len(weights), 4, -1)
+def _mean_saliency(joint: Joint, saliency: Array, weights: Array) -> float:
+    """The mean normalised saliency variance of the pixels of some resamples (G, I), from that of the cells (K,)."""
+    pixels = weights.sum(0) @ joint.counts[:, 0].sum((1, 2))
+    return float(pixels @ saliency / max(pixels.sum(), 1.0))
 
 
 def _measure(
-    training: Training, procedure: str, variant: int, fitted: Array, measured: Array, weights: Array,
+    training: Training, procedure: str, pixels: tuple[_Pixels, _Pixels], weights: _Weights,
     offsets: tuple[Array | float, Array | float], found: dict[str, Array], scale: _Scale,
 ) -> None:
     """Fit and measure the resamples that share one scale, and enter the measures at their rows."""
     validation, test = training.validation, training.test
-    fitted, measured, weights = fitted[scale.rows], measured[scale.rows], weights[scale.rows]
-    normalised = _normalised(validation, scale)
-    pixels = fitted.sum((0, 1)).reshape(len(normalised[0]), -1)
-    constant = float((pixels.sum(0) @ normalised[1]) / max(pixels.sum(), 1.0))
-    fitted_scores = scores_of_cells(procedure, *normalised, training.lambdas, constant)
+    normalised = [_normalised(split, scale) for split in (validation, test)]
+    constant = 0.0
+    if procedure == "placebo_constant":
+        constant = _mean_saliency(validation, normalised[0][1], weights.validation[scale.rows])
+    fitted_scores, scores = (
+        # where predictive variance alone decides, one cell of the other stands for all
+        scores_of_cells(procedure, first, second[:1] if _kind(procedure) is None else second, training.lambdas, constant)[
+            :, split.cells
+        ]
+        for (first, second), split in zip(normalised, pixels)
+    )
+    fitted, measured = (split.drawn[scale.rows].astype(float) for split in pixels)
     curve = _expected_error(fitted_scores, fitted[:, 2], fitted[:, 3], training.bins) + offsets[0]
     last = curve.shape[1] - 1
     chosen = last - np.argmin(np.where(np.isnan(curve), np.inf, curve)[:, ::-1], axis=1)  # a tie goes to the larger
-    scores = scores_of_cells(procedure, *_normalised(test, scale), training.lambdas, constant)
     tuned = {"predictive_variance": (1.0,), "tuned_scale": SCALE_FACTORS[::-1]}.get(procedure, training.lambdas)
-    whole = test.counts[:, variant].sum(1).reshape(len(test.counts), -1)
+    whole = pixels[1].of_images.sum(1, dtype=float)
     for index in np.unique(chosen):
         mine = chosen == index
-        rows, counts, score = scale.rows[mine], measured[mine], scores[index]
+        rows, counts, score = np.arange(scale.rows.start, scale.rows.stop)[mine], measured[mine], scores[index]
         squares = np.stack([score**2, (1 - score) ** 2, (1 - score) ** 2, score**2])
         error = _expected_error(score[None], counts[:, 2], counts[:, 3], training.bins)[:, 0]
         found["foreground_ece"][rows] = error + (offsets[1] if isinstance(offsets[1], float) else offsets[1][index])
-        found["brier"][rows] = divide((counts * squares).sum((1, 2)), counts.sum((1, 2)))
+        # unlike a product of matrices, this sums every row alike: equal resamples have equal scores
+        found["brier"][rows] = divide(np.einsum("gam,am->g", counts, squares), counts.sum((1, 2)))
         found["error_auroc"][rows] = _error_auroc(score, counts)
-        found["image_aurc"][rows] = image_aurc(whole @ score / whole.sum(1), 1.0 - training.dice, weights[mine])
+        found["image_aurc"][rows] = image_aurc(whole @ score / whole.sum(1), 1.0 - training.dice, weights.test[rows])
         found["tuned"][rows] = tuned[index]
         if RECALIBRATED[0] in found:
             errors = _recalibrated(
@@ -310,8 +375,7 @@ def _recalibrated(
     edges = np.unique(scores[0][order][last])
     binned = []  # of both splits, (G, 4, Q)
     for score, pixels in zip(scores, counts):
-        one_hot = np.searchsorted(edges, score)[:, None] == np.arange(len(edges) + 1)
-        binned.append(pixels @ one_hot.astype(pixels.dtype))
+        binned.append(_spread(pixels, np.searchsorted(edges, score)[None], len(edges) + 1)[..., 0, :])
     (fitted, measured), position = binned, np.arange(len(edges) + 1.0)
     found: dict[str, Array] = {}
     for region, wrong, correct in (("foreground", [2], [3]), ("whole_image", [1, 2], [0, 3])):

@@ -16,6 +16,7 @@ from evaluation.added_value import compare_models
 from evaluation.arrays import Array
 from evaluation.image_maps import ImageMaps, Split
 from evaluation.names import CONFIDENCE_STEP, PREDICTIVE, REGIONS, SALIENCY
+from evaluation.parallel import in_threads
 from evaluation.resampling import units_of
 from evaluation.sampling import DrawnPixels, drawn_pixels
 
@@ -49,24 +50,29 @@ def count_error_trees(
 
     fitting, reading = drawn_pixels(validation, fitted_on, seed), drawn_pixels(test, read_on, seed)
     images = len(reading["whole_image"])
-    names, auroc = [], []
-    arrays: dict[str, list[Array]] = {name: [] for name in ("model_log_loss", "model_pixels", "model_cells")}
-    for region in REGIONS:
-        fitted_pixels, pixels = _pooled(fitting[region]), _pooled(reading[region])
+    pooled = {region: (_pooled(fitting[region]), _pooled(reading[region])) for region in REGIONS}
+
+    def measured(piece: tuple[str, str]) -> tuple[Array, Array, Array, float]:
+        """Log loss, pixels and cells by image, and AUROC, of one model in one region."""
+        region, model = piece
+        fitted_pixels, pixels = pooled[region]
         side = 2 * pixels.image + pixels.wrong
-        for model, inputs in INPUTS.items():
-            probability = _fitted(fitted_pixels, inputs, seed)(pixels.features)
-            names.append(f"{region}/{model}")
-            both = 0 < pixels.wrong.sum() < len(pixels.wrong)
-            auroc.append(roc_auc_score(pixels.wrong, probability, sample_weight=pixels.weight) if both else np.nan)
-            kept = np.clip(probability, CONFIDENCE_STEP, 1.0 - CONFIDENCE_STEP)
-            loss = -pixels.weight * np.log(np.where(pixels.wrong, kept, 1.0 - kept))
-            arrays["model_log_loss"].append(np.bincount(pixels.image, loss, images))
-            arrays["model_pixels"].append(np.bincount(side, pixels.weight, 2 * images).reshape(images, 2))
-            place = side * QUANTILE_BINS + _quantile_bin(probability)
-            histogram = np.bincount(place, pixels.weight, 2 * images * QUANTILE_BINS)
-            arrays["model_cells"].append(histogram.reshape(images, 2, QUANTILE_BINS))
-    return names, {name: np.stack(parts, 1) for name, parts in arrays.items()}, np.array(auroc)
+        probability = _fitted(fitted_pixels, INPUTS[model], seed)(pixels.features)
+        both = 0 < pixels.wrong.sum() < len(pixels.wrong)
+        auroc = roc_auc_score(pixels.wrong, probability, sample_weight=pixels.weight) if both else np.nan
+        kept = np.clip(probability, CONFIDENCE_STEP, 1.0 - CONFIDENCE_STEP)
+        loss = -pixels.weight * np.log(np.where(pixels.wrong, kept, 1.0 - kept))
+        place = side * QUANTILE_BINS + _quantile_bin(probability)
+        histogram = np.bincount(place, pixels.weight, 2 * images * QUANTILE_BINS)
+        return (
+            np.bincount(pixels.image, loss, images), np.bincount(side, pixels.weight, 2 * images).reshape(images, 2),
+            histogram.reshape(images, 2, QUANTILE_BINS), float(auroc),
+        )
+
+    pieces = [(region, model) for region in REGIONS for model in INPUTS]
+    *parts, auroc = zip(*in_threads(measured, pieces, len(pieces)))
+    arrays = {name: np.stack(part, 1) for name, part in zip(("model_log_loss", "model_pixels", "model_cells"), parts)}
+    return [f"{region}/{model}" for region, model in pieces], arrays, np.array(auroc)
 
 
 def added_value_of_trees(

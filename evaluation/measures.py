@@ -6,6 +6,7 @@ Summed counters are dictionaries of the arrays of :class:`counting.Counters` wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,22 @@ from evaluation.calibration import (
 )
 from evaluation.counting import Counters
 from evaluation.names import CONFIDENCE_STEP, IN_BAND, REGIONS
+from evaluation.parallel import in_threads
 from evaluation.ranking import bin_values, pool_bins
 from evaluation.recalibration import METHODS, mean_uncertainty
-from evaluation.resampling import LOWER_IS_BETTER, bootstrap, count_units, estimate, paired_difference, units_of
+from evaluation.resampling import (
+    CHUNK,
+    LOWER_IS_BETTER,
+    bootstrap,
+    bootstrap_weights,
+    count_units,
+    estimate,
+    paired_difference,
+    units_of,
+)
 
 #: Region, kind ("raw" or a recalibration method), measure.
 Key = tuple[str, str, str]
-#: Recalibrated confidence of every quantile bin, (S, Q), by method and region.
-Recalibration = Mapping[tuple[str, str], Array]
 
 JUDGED = ("ece", "brier", "log_loss")  # measures whose differences get a verdict; the lower the better
 #: Measures without an interval: at most 64 % of those of the largest gap of a bin hold the truth in simulations, and
@@ -151,16 +160,34 @@ def recalibrated_measures(
         >>> found["ece"].tolist(), found["signed_gap"].tolist()  # gaps of 0 and 1/4
         ([0.125], [0.125])
     """
+    correct, wrong = np.asarray(correct, dtype=float), np.asarray(wrong, dtype=float)
+    return measures_of_sums(recalibrated_sums(correct, wrong, confidence, bins, smallest), (correct + wrong).sum(-1))
+
+
+def recalibrated_sums(
+    correct: Array, wrong: Array, confidence: Array, bins: int, smallest: float = CONFIDENCE_STEP
+) -> Array:
+    """What :func:`recalibrated_measures` are made of: sums over pixels, which add up over images and their resamples.
+
+    Args:
+        correct, wrong, confidence, bins, smallest: as there.
+
+    Returns:
+        (..., S, 2 + B): squared errors, log losses, and correct pixels less confidences by bin.
+    """
     kept = np.clip(confidence, smallest, 1.0 - smallest)
-    # Every measure is linear in the counts of a score: one matrix product for all resamples and bins, over (S, ..., Q).
     inside = bin_index(confidence, bins)[..., None] == np.arange(bins)  # S, Q, B
     right = np.concatenate([_columns((1.0 - confidence) ** 2, -np.log(kept)), inside * (1.0 - confidence)[..., None]], -1)
     errors = np.concatenate([_columns(confidence**2, -np.log1p(-kept)), inside * -confidence[..., None]], -1)
+    # one matrix product per score for all images or resamples, over (S, ..., Q)
     first = [np.moveaxis(np.asarray(side, dtype=float), -2, 0) for side in (correct, wrong)]
     shape = first[0].shape[:-1]
     flat = [side.reshape(len(confidence), -1, side.shape[-1]) for side in first]
-    sums = np.moveaxis((flat[0] @ right + flat[1] @ errors).reshape(*shape, -1), 0, -2)  # ..., S, 2 + B
-    pixels = np.moveaxis((flat[0] + flat[1]).sum(-1).reshape(shape), 0, -1)
+    return np.moveaxis((flat[0] @ right + flat[1] @ errors).reshape(*shape, -1), 0, -2)
+
+
+def measures_of_sums(sums: Array, pixels: Array) -> dict[str, Array]:
+    """:func:`recalibrated_measures` (..., S) from :func:`recalibrated_sums` (..., S, 2 + B) and numbers of pixels (..., S)."""
     gaps = sums[..., 2:]
     return {
         "brier": divide(sums[..., 0], pixels),
@@ -199,31 +226,65 @@ def layer_of(summed: Mapping[str, Array], region: str) -> dict[str, Array]:
     return {name[len(prefix) :]: value for name, value in summed.items() if name.startswith(prefix)}
 
 
-def score_statistics(
-    summed: Mapping[str, Array], recalibration: Recalibration, bins: int, smallest: float = CONFIDENCE_STEP
-) -> dict[Key, Array]:
-    """All measures of all scores from summed :func:`layers`, (..., S) each.
+def linear_statistics(summed: Mapping[str, Array]) -> dict[Key, Array]:
+    """The measures of all scores that follow from sums over pixels, raw and recalibrated, (..., S) each.
 
     Args:
-        summed: arrays (..., S, 4, ...) and (..., S, 2, ...).
-        recalibration: fitted to validation.
-        bins: equal-width bins of the recalibrated confidence.
-        smallest: bound of the isotonic confidences, see :func:`recalibrated_measures`. Platt's have no steps to smooth.
+        summed: :func:`layers` of the counters by bin, and under "METHOD/REGION" the :func:`recalibrated_sums` of every region.
     """
     result: dict[Key, Array] = {}
     for region in REGIONS:
         layer = layer_of(summed, region)
         for name, value in calibration_measures(layer, region).items():
             result[region, "raw", name] = value
-        correct, wrong = split_region(layer["cells"], region)
-        for name, value in ranking_measures(correct, wrong).items():
-            result[region, "raw", name] = value
+        pixels = region_bins(layer["count"], layer["confidence"], region)[0].sum(-1)
         for method in METHODS:
-            confidence = recalibration[method, region]
-            bound = smallest if method == "isotonic" else CONFIDENCE_STEP
-            for name, value in recalibrated_measures(correct, wrong, confidence, bins, bound).items():
+            for name, value in measures_of_sums(summed[f"{method}/{region}"], pixels).items():
                 result[region, method, name] = value
     return result
+
+
+#: Which of the six outcomes of :func:`layers` are the correct pixels of each region, and which the wrong ones, (2, 6, 6).
+_SPLIT_REGIONS = np.zeros((2, len(REGIONS), IN_BAND + 2))
+for _place, _region in enumerate(REGIONS):
+    _first, _outcomes = (IN_BAND, 2) if _region == "boundary_band" else (0, IN_BAND)
+    for _side, _codes in enumerate(region_codes(_region, _outcomes)):
+        _SPLIT_REGIONS[_side, _place, [_first + code for code in _codes]] = 1.0
+
+
+def ranking_samples(cells: Array, resamples: int, seed: int, units: Array | None = None) -> dict[Key, Array]:
+    """The :func:`ranking_measures` of all scores in all regions, in resamples of the images.
+
+    Args:
+        cells: pixels by quantile bin, (I, S, A, Q).
+        resamples, seed, units: see :func:`resampling.bootstrap_weights`.
+
+    Returns:
+        (R, S) each.
+    """
+    whole, band = layers({"cells": cells}).values()
+    counts = np.concatenate([whole, band], 2).transpose(3, 2, 1, 0)  # Q, 6, S, I
+    shape = counts.shape[:3]
+    flat = np.ascontiguousarray(counts, dtype=np.float32).reshape(-1, len(cells))
+    split = _SPLIT_REGIONS.reshape(-1, shape[1])
+
+    def by_region(outcomes: Array) -> Array:
+        """Correct and wrong pixels (2, regions, S * r) of those of six outcomes (6, S * r)."""
+        return (split @ outcomes.astype(float)).reshape(2, len(REGIONS), -1)
+
+    def measured(weights: Array) -> dict[str, Array]:
+        summed = (flat @ weights.T.astype(np.float32)).reshape(*shape[:2], -1)
+        totals = by_region(summed.sum(0, dtype=float))
+        found = ranking.measures_by_bin(map(by_region, summed), *totals)  # type: ignore[arg-type]
+        found["excess_aurc"] = found["aurc"] - ranking.ideal_aurc(*totals[..., None])
+        return {name: value.reshape(len(REGIONS), shape[2], -1) for name, value in found.items()}
+
+    drawn = bootstrap_weights(len(cells), resamples, seed, units=units)
+    parts = in_threads(measured, drawn, math.ceil(resamples / CHUNK))
+    return {
+        (region, "raw", name): np.concatenate([part[name][place].T for part in parts])
+        for place, region in enumerate(REGIONS) for name in parts[0]
+    }
 
 
 @dataclass(frozen=True)
@@ -261,26 +322,27 @@ def score_table(
     Values of the rank measures come from the histogram bins, their resamples from the quantile bins,
     shifted by the (small) difference that this makes for the whole split.
     """
-    recalibration = fit_recalibration(validation, test.edges)
-    arrays = layers({name: test.images[name] for name in ("count", "confidence", "squared_error", "log_loss", "cells")})
-    arrays.update({name: value.astype(np.float32) for name, value in arrays.items() if name.endswith("/cells")})
-    smallest = 0.5 / count_units(validation.ids, groups)
+    smallest, units = 0.5 / count_units(validation.ids, groups), units_of(test.ids, groups)
+    arrays = layers({name: test.images[name] for name in ("count", "confidence", "squared_error", "log_loss")})
+    cells = {region: split_region(test.images["cells"], region) for region in REGIONS}
+    for (method, region), confidence in fit_recalibration(validation, test.edges).items():
+        # Platt's map has no steps to smooth
+        bound = smallest if method == "isotonic" else CONFIDENCE_STEP
+        arrays[f"{method}/{region}"] = recalibrated_sums(*cells[region], confidence, test.bins, bound)
 
     def statistics(summed: Mapping[str, Array]) -> dict[Key, Array]:
-        found = score_statistics(summed, recalibration, test.bins, smallest)
-        return {key: value for key, value in found.items() if key[2] not in WITHOUT_INTERVAL}
+        return {key: value for key, value in linear_statistics(summed).items() if key[2] not in WITHOUT_INTERVAL}
 
-    totals = {name: value.sum(0, dtype=float) for name, value in arrays.items()}
-    samples = bootstrap(arrays, statistics, resamples, seed, chunk=64, units=units_of(test.ids, groups))
-    point: dict[Key, Array] = {}
-    for key, value in score_statistics(totals, recalibration, test.bins, smallest).items():
-        point[key] = value
-        if key[1:] == ("raw", "ece"):
-            bins = region_bins(test.images["count"], test.images["confidence"], key[0])
-            point[key[0], "raw", "ece_debiased"] = debiased_calibration_error(*bins)
+    samples = bootstrap(arrays, statistics, resamples, seed, units=units)
+    samples.update(ranking_samples(test.images["cells"], resamples, seed, units))
+    point = linear_statistics({name: value.sum(0, dtype=float) for name, value in arrays.items()})
     for region in REGIONS:
+        bins = region_bins(test.images["count"], test.images["confidence"], region)
+        point[region, "raw", "ece_debiased"] = debiased_calibration_error(*bins)
+    for region in REGIONS:
+        approximate = ranking_measures(*(side.sum(0, dtype=float) for side in cells[region]))
         for name, exact in ranking_measures(*split_region(test.pooled["fine"], region)).items():
             key = (region, "raw", name)
-            samples[key] = np.clip(samples[key] + (exact - point[key]), 0.0, 1.0)  # the range of all four
+            samples[key] = np.clip(samples[key] + (exact - approximate[name]), 0.0, 1.0)  # the range of all four
             point[key] = exact
     return ScoreTable(test.scores, point, samples)

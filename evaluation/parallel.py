@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Callable, TypeVar
 
 T = TypeVar("T")
@@ -55,8 +56,11 @@ def in_threads(work: Callable[[T], R], pieces: Iterable[T], total: int) -> list[
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     watch, results = _watch.get(), []
-    # the libraries below NumPy would start threads of their own in each of these
-    with threadpool_limits(1), ThreadPoolExecutor(threads()) as pool, watch(total) if watch else nullcontext(_ignore) as report:
+    # The libraries below NumPy would start threads of their own in each of these. Those of OpenMP are limited by the thread
+    # that asks for them; and sums of scikit-learn depend on how many there are.
+    one = partial(threadpool_limits, 1, "openmp")
+    with threadpool_limits(1), ThreadPoolExecutor(threads(), initializer=one) as pool, \
+            watch(total) if watch else nullcontext(_ignore) as report:
         for result in pool.map(work, pieces):
             results.append(result)
             report(1)

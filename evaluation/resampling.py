@@ -15,6 +15,8 @@ from evaluation.parallel import in_threads
 
 Key = TypeVar("Key", bound=object)
 
+#: Resamples at a time.
+CHUNK = 256
 LOWER_IS_BETTER, HIGHER_IS_BETTER = 1.0, -1.0
 
 
@@ -49,7 +51,7 @@ def count_units(ids: Sequence[str], groups: Mapping[str, str] | None) -> int:
 
 
 def bootstrap_weights(
-    images: int, resamples: int = 10_000, seed: int = 42, chunk: int = 256, units: Array | None = None
+    images: int, resamples: int = 10_000, seed: int = 42, chunk: int = CHUNK, units: Array | None = None
 ) -> Iterator[Array]:
     """Image-level resamples as weights, in chunks.
 
@@ -93,7 +95,7 @@ def bootstrap_weights(
 
 def bootstrap(
     counters: Mapping[str, Array], statistics: Callable[[dict[str, Array]], Mapping[Key, Array]],
-    resamples: int = 10_000, seed: int = 42, chunk: int = 256, units: Array | None = None,
+    resamples: int = 10_000, seed: int = 42, chunk: int = CHUNK, units: Array | None = None,
 ) -> dict[Key, Array]:
     """Statistics of resampled counters; the resampling is one matrix product, whose memory `chunk` bounds.
 
@@ -165,7 +167,8 @@ def interval(samples: npt.ArrayLike, level: float = 0.95) -> Array:
     tail = (1.0 - level) / 2.0
     empty = np.isnan(samples).all(0)
     filled = np.where(empty, 0.0, samples)
-    bounds = np.nanquantile(filled, [tail, 1.0 - tail], axis=0)
+    quantile = np.nanquantile if np.isnan(filled).any() else np.quantile  # the same without NaN, and far faster
+    bounds = quantile(filled, [tail, 1.0 - tail], axis=0)
     return np.where(empty, np.nan, bounds)
 
 

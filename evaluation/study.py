@@ -20,6 +20,9 @@ from evaluation.resampling import paired_difference
 from evaluation.summary import lambda_samples, widest
 from evaluation.tuning import lambda_errors, tune
 
+#: How often :func:`run_study` reads each validation and each test image.
+STUDY_READS = (11, 4)
+
 
 def run_study(
     validation: Split, test: Split, *,

@@ -28,6 +28,7 @@ from runtime.processes import ProcessGroup
 from runtime.progress import progress_bar, stage, with_progress
 from runtime.records import fingerprint, read_json
 from runtime.resources import naming_shortage
+from runtime.stages import reused, timed
 from uncertainty import UncertaintyMaps, flip_variance, uncertainty_maps
 
 #: Bytes of maps of one part that stay in memory; the others are read again whenever they are needed.
@@ -195,6 +196,7 @@ def extra_arrays(config: Config) -> tuple[str, ...]:
     return ("flip_variance",) if config.flips else ()
 
 
+@timed("maps")
 @naming_shortage("maps", "lower --image-size or --width")
 def make_maps(
     run: Run, model: Network, pairs: DecodedPairs, part: str, ids: Sequence[str], fusion: Fusion | None = None
@@ -229,6 +231,7 @@ def make_maps(
         return found
 
     missing = group.shared(find_missing)
+    reused("maps", len(saved.ids) - len(missing))
     mine = group.shard(missing)
     together = 1 if device.type == "cpu" else config.batch_size
     with progress_bar(f"maps of the {part} images", len(ids), "map", initial=len(ids) - len(missing)) as bar, \

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from evaluation.counting import Counters
-from evaluation.detectors import detector_numbers
-from evaluation.fusion import Fusion
+from evaluation.detectors import DETECTOR_READS, detector_numbers
+from evaluation.fusion import Fusion, lambda_grid
 from evaluation.parallel import watched
 from evaluation.protocol import count_splits
-from evaluation.study import run_study
+from evaluation.study import STUDY_READS, run_study
 from evaluation.summary import per_image, summarise
-from evaluation.tuning import Tuned
+from evaluation.tuning import Tuned, tune
 from experiment.checks import warnings_of
 from experiment.maps import SavedMaps
 from experiment.pooling import conclude_run, read_training
@@ -21,8 +21,9 @@ from experiment.results import write_counts
 from experiment.run import Run
 from experiment.targets import CountedTarget, TargetSet, count_targets, target_numbers
 from runtime.files import remove
-from runtime.progress import resampling_bar, stage
+from runtime.progress import Reported, progress_bar, resampling_bar, stage
 from runtime.resources import naming_shortage
+from runtime.stages import timed
 
 
 class Numbers(NamedTuple):
@@ -35,6 +36,13 @@ class Numbers(NamedTuple):
 
     metrics: dict[str, Any]
     rows: list[dict[str, Any]]
+
+
+@timed("tuning")
+def tuned_on(run: Run, validation: SavedMaps) -> Tuned:
+    """What the validation maps of a run decide; called by all processes together, computed by one."""
+    config = run.config
+    return run.group.shared(lambda: tune(validation, bins=config.bins, lambdas=lambda_grid(config.lambda_steps)))
 
 
 @naming_shortage("evaluation", "lower --resamples, --bins or --image-size")
@@ -55,10 +63,11 @@ def measure(
         targets: other test sets with their maps, which have their fused scores.
     """
     config, group = run.config, run.group
-    for part in (validation, test):
-        part.add_fused_scores(tuned.fusion, group)
-    counted = count_splits(tuned, validation.counted_by(group), test.counted_by(group), gather=group.gathered)
-    others = count_targets(run, tuned.fusion, counted[1], targets)
+    with timed("counting"):
+        for part in (validation, test):
+            part.add_fused_scores(tuned.fusion, group)
+        counted = count_splits(tuned, validation.counted_by(group), test.counted_by(group), gather=group.gathered)
+        others = count_targets(run, tuned.fusion, counted[1], targets)
     fallbacks = {part.folder.name: part.fallbacks(group) for part in (validation, test)}
     ranges = {part.folder.name: part.ranges(group) for part in (validation, test)}
 
@@ -125,15 +134,18 @@ def _numbers_of(
 ) -> dict[str, Any]:
     """Every number that follows from the counts, and from the maps where the configuration asks for more."""
     config = run.config
-    metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed, groups=groups)
-    metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted, groups)
+    with timed("numbers"):
+        metrics = summarise(*counted, tuned.fusion, resamples=config.resamples, seed=config.seed, groups=groups)
+    with timed("verdict"):
+        metrics["conclusion"] = conclude_run(config, tuned.fusion, *counted, groups)
     metrics["verdict"] = metrics["conclusion"]["sentence"]
+    options: dict[str, Any] = {"bins": config.bins, "resamples": config.resamples, "seed": config.seed, "groups": groups}
     if config.study or config.flips:
-        metrics["detectors"] = detector_numbers(
-            validation, test, tuned.fusion, bins=config.bins, resamples=config.resamples, seed=config.seed, groups=groups
-        )
-    if config.study:
-        metrics["study"] = run_study(
-            validation, test, bins=config.bins, lambdas=tuned.lambdas, resamples=config.resamples, seed=config.seed, groups=groups
-        )
+        reads = len(validation.ids) * (DETECTOR_READS[0] + config.flips + STUDY_READS[0] * config.study)
+        reads += len(test.ids) * (DETECTOR_READS[1] + STUDY_READS[1] * config.study)
+        with timed("study"), progress_bar("study", reads, "map", leave=False) as bar:
+            parts = Reported(validation, bar), Reported(test, bar)
+            metrics["detectors"] = detector_numbers(*parts, tuned.fusion, **options)
+            if config.study:
+                metrics["study"] = run_study(*parts, lambdas=tuned.lambdas, **options)
     return metrics

@@ -29,6 +29,7 @@ from runtime.processes import ProcessGroup
 from runtime.progress import progress_bar, stage
 from runtime.reading import real_path
 from runtime.records import fingerprint, read_json
+from runtime.stages import timed
 
 PARTS = ("validation", "test")
 #: A longer name of a score does not fit above its map.
@@ -295,6 +296,7 @@ class TakenMaps(SavedMaps):
         write_maps(self.path(id), arrays, NO_HEATMAPS, maps["identity"], fusion=maps["fusion"])
 
 
+@timed("maps")
 def take_maps(run: Run, given: GivenMaps, part: str) -> TakenMaps:
     """Write the maps of one part into the results folder, but for those that are there; the processes share the work.
 

@@ -102,7 +102,9 @@ _RANGE = list_of(number(), 2, 2)
 _METRICS: dict[str, Check] = {
     "identity": text(), "config_identity": text(), "synthetic": flag, "data_note": nullable(text()), "verdict": text(),
     "lambda": number(0, 1), "normalisation": record({"pred_variance": _RANGE, "saliency_variance": _RANGE}),
-    "bins": whole(1), "minutes": number(0), "skipped": _SKIPPED, "warnings": list_of(record({"text": text()})),
+    "bins": whole(1), "minutes": number(0),
+    "seconds_by_stage": mapping_of(record({"seconds": number(0)}, {"reused": whole(0)}, others=False)),
+    "skipped": _SKIPPED, "warnings": list_of(record({"text": text()})),
     "validation": _NUMBERS, "test": _NUMBERS, "conclusion": _NUMBERS, "targets": mapping_of(_NUMBERS, identifier),
     "score_names": record({"first": text(), "second": text()}), "numbers_from": text(),
     "files": mapping_of(text(CHECKSUM)), "checksum": text(CHECKSUM),

@@ -132,13 +132,25 @@ def zero_dropped(x: Tensor, keys: Tensor, noise: Tensor, p: float) -> Tensor:
 
 @functools.cache
 def _fused() -> Callable[[Tensor, Tensor, Tensor, int], None] | None:
-    """:func:`zero_dropped` on CUDA in one sweep; None where Triton, or the C compiler that it needs, is missing."""
+    """:func:`zero_dropped` on CUDA in one sweep; None where Triton, or the C compiler that it needs, is missing or fails."""
     compiler = any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
     if not compiler or importlib.util.find_spec("triton") is None:
         return None
     from inference.fused_masks import zero_dropped_fused  # Triton is not everywhere
 
-    return zero_dropped_fused
+    return zero_dropped_fused if not torch.cuda.is_available() or _agrees(zero_dropped_fused) else None
+
+
+def _agrees(fused: Callable[[Tensor, Tensor, Tensor, int], None]) -> bool:
+    """Whether the kernel, compiled for the card that is here, drops what the plain operators drop."""
+    keys = torch.arange(-3, 3, dtype=torch.int32, device="cuda")
+    noise = mask_noise((1, 8, 5, 5), keys.device).contiguous(memory_format=torch.channels_last)
+    tried = torch.ones(len(keys), 8, 5, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+    try:
+        fused(tried, keys, noise, _bound(0.5))
+    except Exception:  # whatever a compiler or a driver raises: the plain operators need neither
+        return False
+    return torch.equal(tried != 0, dropout_masks(keys, noise[0], 0.5))
 
 
 # ---------------------------------------------------------------- masks at the dropout sites

@@ -18,10 +18,12 @@ from reporting.style import save_figure
 from reporting.target_charts import draw_targets
 from runtime.files import remove
 from runtime.resources import naming_shortage
+from runtime.stages import timed
 
 ROWS = 3  # of the galleries that every run draws
 
 
+@timed("drawing")
 @naming_shortage("drawing", "close other programs")
 def draw_run(run: SavedRun, read: ImageReader | None = None) -> list[Path]:
     """Draw all figures of a run and write its report; returns the files.

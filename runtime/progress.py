@@ -87,6 +87,18 @@ def with_progress(items: Iterable[T], description: str, total: int, unit: str) -
             bar.update(1)
 
 
+class Reported(Iterable[T]):
+    """Items that may be gone through several times, each time under the same progress bar."""
+
+    def __init__(self, items: Iterable[T], bar: tqdm[Any]):
+        self.items, self.bar = items, bar
+
+    def __iter__(self) -> Iterator[T]:
+        for item in self.items:
+            yield item
+            self.bar.update(1)
+
+
 def resampling_bar(total: int) -> AbstractContextManager[Callable[[int], object]]:
     """A progress bar for pieces of resampling, shown where they take more than two seconds and gone when they are done."""
     return _updates(progress_bar("resampling", total, "piece", delay=2.0, leave=False))

@@ -25,6 +25,7 @@ import train
 from isic.layout import find_pairs, isic_folders
 from isic.synthetic import write_synthetic_dataset
 from runtime.files import atomic_write
+from runtime.records import WALL_CLOCK
 
 #: A run of a second on twelve pairs.
 FLAGS = (*TINY_FLAGS, "--epochs", 2, "--passes", 2, "--resamples", 100, "--quiet")
@@ -153,8 +154,7 @@ def ending(disk: Path) -> dict[str, Any]:
             continue
         if path.name == "metrics.json":
             metrics = json.loads(content)
-            metrics.pop("minutes", None)
-            found[name] = metrics
+            found[name] = {key: value for key, value in metrics.items() if key not in WALL_CLOCK}
         elif path.name == "training_log.csv":
             found[name] = [line.rsplit(",", 2)[0] for line in content.decode().splitlines()]
         else:

@@ -28,6 +28,7 @@ from isic.decoding import decode_pair
 from isic.layout import find_pairs, isic_folders
 from runtime.files import Disk, disk
 from runtime.lock import FolderLock
+from runtime.records import WALL_CLOCK
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -155,7 +156,7 @@ def contents(run: Path) -> dict[str, object]:
         if path.is_dir() or name in (".lock", "config.json", "weights/training_state.pth"):
             continue
         if name == "metrics.json":
-            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "minutes"}
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in WALL_CLOCK}
         elif name == "report.md":  # the rest names folders and times
             found[name] = path.read_text().split("How it was made")[0]
         elif name == "report.html":

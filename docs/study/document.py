@@ -34,7 +34,7 @@ from reporting.quotes import Quotes
 from reporting.style import STYLE, save_figure, stamped
 from runtime.errors import UserError
 from runtime.files import atomic_write
-from runtime.records import read_json
+from runtime.records import WALL_CLOCK, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "docs" / "study" / "STUDY.template.md"
@@ -61,7 +61,7 @@ Runs = Mapping[str, Mapping[str, Any]]
 def collect(folder: Path, whole: bool) -> dict[str, Any]:
     """What the document needs of one finished run; ``whole`` keeps all of its tables and curves."""
     run = load_run(folder)
-    metrics = {key: value for key, value in run.metrics.items() if key not in ("checksum", "minutes")}
+    metrics = {key: value for key, value in run.metrics.items() if key not in ("checksum", *WALL_CLOCK)}
     regions = metrics["test"]["regions"]
     for region in regions.values():
         for entry in region["scores"].values():

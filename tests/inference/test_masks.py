@@ -175,3 +175,19 @@ def test_one_sweep_zeroes_what_the_plain_operators_zero():
 def test_without_a_compiler_the_plain_operators_are_used(monkeypatch):
     monkeypatch.setattr(masks_module.shutil, "which", lambda name: None)
     assert masks_module._fused.__wrapped__() is None
+
+
+def test_a_kernel_that_fails_on_the_card_is_not_used(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no kernel for this card")
+
+    def drops_nothing(*arguments):
+        pass
+
+    arange, ones = torch.arange, torch.ones
+    on_cpu = lambda make: lambda *sizes, device=None, **options: make(*sizes, **options)  # noqa: E731 - as if it were a card
+    monkeypatch.setattr(torch, "arange", on_cpu(arange))
+    monkeypatch.setattr(torch, "ones", on_cpu(ones))
+    assert not masks_module._agrees(fails)
+    assert not masks_module._agrees(drops_nothing)
+    assert masks_module._agrees(lambda x, keys, noise, bound: x.mul_(masks_module.dropout_masks(keys, noise[0], 0.5)))
