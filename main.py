@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from isic.source import needs_synthetic
 from runtime.config import SYNTHETIC, Config, parse_config
+from runtime.cpu import prepare_cpu
 from runtime.errors import UserError
 from runtime.progress import complain, console, is_main_process, progress_bar, stage
 from runtime.signals import StopSignals
 
-# PyTorch and whatever needs it are imported by the functions below, when the command line is understood:
-# a wrong flag or --help is answered at once.
+# The functions below import PyTorch, when the command line is understood: a wrong flag or --help is answered at once.
 if TYPE_CHECKING:
     from dataset import Data
     from experiment.inputs import Inputs
@@ -116,7 +116,6 @@ def run_training(config: Config, results: Path, inputs: Inputs, group: ProcessGr
     with timed("training"):
         model = train_model(claimed, data)
     run = replace(claimed, identity=fingerprint([claimed.identity, weights_fingerprint(model)]))
-
     if data is None:  # only other test sets are left to be measured
         metrics, rows = measure_targets(run, partial(make_target_maps, run, model, inputs.targets))
     else:
@@ -227,4 +226,5 @@ def pool(config: Config, folders: Sequence[Path], results: Path, started: float)
 
 
 if __name__ == "__main__":
+    prepare_cpu()  # before PyTorch loads
     sys.exit(main())

@@ -31,7 +31,7 @@ from inference.logits import ToLogits, binary_entropy_of_logits, binary_logits
 from inference.masks import InPlaceDropout, MaskSource
 from inference.moments import Moments, PassDice
 from inference.precision import automatic_precision, float32_convolutions
-from inference.unet_passes import UNetPasses, supports
+from inference.unet_passes import UNetPasses, engine_of, supports
 from model import UNet
 
 __all__ = [
@@ -330,7 +330,8 @@ def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: 
 def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:
     """An unmodified U-Net: see :mod:`inference.unet_passes`."""
     assert isinstance(model, UNet)
-    engine = UNetPasses(model, options.target_layer, options.half or torch.float32, options.predicted_only)
+    make = engine_of if images.is_cpu else UNetPasses  # elsewhere comparing the weights takes as long as folding them
+    engine = make(model, options.target_layer, options.half or torch.float32, options.predicted_only)
     group, chunk = engine.group_and_chunk(images.shape[-2:], images.device)
     rows = []
     for first in range(0, len(images), group):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import Parser, check_text, output_file
+from runtime.cpu import prepare_cpu
 from runtime.errors import UserError
 from runtime.resources import naming_shortage
 
@@ -250,4 +251,5 @@ def show(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    prepare_cpu()  # before PyTorch loads
     sys.exit(main())

@@ -45,6 +45,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -371,3 +372,49 @@ class UNetPasses:
         g = _where_positive(F.conv2d(g, decoder.adjoint, padding=1), between)
         sums = _border_sums(g) if level == 0 else g.new_empty(len(g), 0)
         return logits, decoder.up.backward(g), sums
+
+
+# ---------------------------------------------------------------- from call to call
+
+
+class _Kept(NamedTuple):
+    """An engine and what it was made from: copies of the network's tensors."""
+
+    tensors: list[Tensor]
+    engine: UNetPasses
+
+
+#: The engines of each network that is still in use, by everything else that they depend on.
+_KEPT: WeakKeyDictionary[UNet, dict[tuple[Any, ...], _Kept]] = WeakKeyDictionary()
+
+#: How many of a network: one for half precision, one for what overflows there.
+_ENGINES = 2
+
+
+def engine_of(model: UNet, target: nn.Module, dtype: torch.dtype, predicted_only: bool) -> UNetPasses:
+    """The engine of a network, made again only where one of its numbers has changed since the last call.
+
+    The numbers themselves are compared: a network may change without a trace of it, as through ``parameter.data``.
+
+    Args:
+        model, target, dtype, predicted_only: as for :class:`UNetPasses`.
+
+    Example:
+        >>> model = UNet(width=2).eval()
+        >>> first = engine_of(model, model.encoder4, torch.float32, False)
+        >>> first is engine_of(model, model.encoder4, torch.float32, False)
+        True
+        >>> model.head.bias.data += 1
+        >>> first is engine_of(model, model.encoder4, torch.float32, False)
+        False
+    """
+    numbers = tuple(getattr(m, "p", getattr(m, "eps", None)) for m in model.modules())
+    options = (target is model.bottleneck, dtype, predicted_only, numbers)
+    tensors, kept = list(model.state_dict().values()), _KEPT.setdefault(model, {})
+    found = kept.get(options)
+    if found is not None and all(a.device == b.device and torch.equal(a, b) for a, b in zip(found.tensors, tensors)):
+        return found.engine
+    while len(kept) >= _ENGINES:
+        kept.pop(next(iter(kept)))
+    kept[options] = _Kept([tensor.clone() for tensor in tensors], UNetPasses(model, target, dtype, predicted_only))
+    return kept[options].engine

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from device import DEVICE
 from torch import nn
 
 from inference import unet_passes, upsampling
-from inference.unet_passes import UNetPasses, supports
+from inference.unet_passes import UNetPasses, engine_of, supports
 from model import UNet
 from uncertainty import uncertainty_maps
 
@@ -129,3 +132,46 @@ def test_a_subclass_is_not_supported():
 
     model = Other(width=4)
     assert not supports(model, model.encoder4)
+
+
+# ---------------------------------------------------------------- from call to call
+
+
+def test_an_engine_is_made_once_and_again_where_the_precision_or_the_score_is_another():
+    model = unet()
+    first = engine_of(model, model.encoder4, torch.float32, False)
+    half = engine_of(model, model.encoder4, torch.bfloat16, False)
+    assert engine_of(model, model.encoder4, torch.float32, False) is first is not half
+    assert engine_of(model, model.encoder4, torch.bfloat16, False) is half
+    assert engine_of(model, model.encoder4, torch.float32, True) is not first
+    assert engine_of(model, model.bottleneck, torch.float32, False) is not first
+    assert engine_of(unet(), model.encoder4, torch.float32, False) is not first
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.decoder2.convolutions[3].weight.data.mul_(2.0),  # no version counter moves
+    lambda model: model.bottleneck[1][1].running_var.mul_(2.0),
+    lambda model: setattr(model.decoder3.dropout, "p", 0.5),
+    lambda model: setattr(model.encoder1[1], "eps", 0.1),
+    lambda model: model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()}),
+])
+def test_maps_are_those_of_the_network_as_it_is_now(change):
+    model, images = unet(), pictures(1)
+    before = uncertainty_maps(model, images, target_layer=model.encoder4, passes=3)
+    change(model)
+    after = uncertainty_maps(model, images, target_layer=model.encoder4, passes=3)
+    fresh = UNet(**model.options).eval()
+    fresh.load_state_dict(model.state_dict())
+    fresh.decoder3.dropout.p, fresh.encoder1[1].eps = model.decoder3.dropout.p, model.encoder1[1].eps
+    expected = uncertainty_maps(fresh, images, target_layer=fresh.encoder4, passes=3)
+    assert all(torch.equal(a, b) for a, b in zip(after, expected))
+    assert not torch.equal(after.mean_prediction, before.mean_prediction)
+
+
+def test_engines_go_with_their_network():
+    model = unet()
+    engine = weakref.ref(engine_of(model, model.encoder4, torch.float32, False))
+    assert engine() is not None
+    del model
+    gc.collect()
+    assert engine() is None
