@@ -77,7 +77,7 @@ def held(results: Path, group: ProcessGroup, kept: Callable[[Path], str] = kept_
 
         def hold() -> None:
             stack.enter_context(FolderLock(results))
-            remove_partials(results, results / "weights", results / "figures", *results.glob("uncertainty_maps/*"))
+            remove_leftovers(results)
 
         group.shared(hold)
         try:
@@ -85,6 +85,11 @@ def held(results: Path, group: ProcessGroup, kept: Callable[[Path], str] = kept_
         except KeyboardInterrupt:
             complain(f"\nkept in {results}: {kept(results)}")
             raise
+
+
+def remove_leftovers(results: Path) -> None:
+    """Delete what killed processes left half-written in the folder of a run."""
+    remove_partials(results, results / "weights", results / "figures", *results.glob("uncertainty_maps/*"))
 
 
 def claim_results(

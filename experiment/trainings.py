@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 from dataset import Data
 from experiment.pooling import check_pooled_folder, read_training
-from experiment.results import clear_results, held, identity_inputs, unfinish
+from experiment.results import clear_results, held, identity_inputs, remove_leftovers, unfinish
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
@@ -92,6 +92,7 @@ def train_all(
         folders.append(folder)
         try:
             if group.shared(lambda one=one, folder=folder: is_finished(one, folder, data, group, targets)):  # type: ignore[misc]
+                group.shared(lambda folder=folder: remove_leftovers(folder))  # type: ignore[misc]
                 stage(folder.name, "finished before, used again")
                 continue
             stage(folder.name, f"training {len(folders)} of {config.trainings}")

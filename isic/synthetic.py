@@ -48,7 +48,7 @@ def write_pair(index: int, root: Path, seed: int) -> None:
 def prepare(root: Path, seed: int) -> None:
     """Mark the folder as synthetic; pictures of another version or seed that lie there are deleted first."""
     folders = (root / ISIC_IMAGES, root / ISIC_MASKS)
-    remove_partials(*folders)
+    remove_partials(root, *folders)
     marker = root / MARKER
     text = f"Made-up skin lesions, drawn by a program and not photographed. Version {VERSION}, seed {seed}.\n".encode()
     if marker.is_file() and marker.read_bytes() == text:

@@ -380,6 +380,8 @@ def _environment(run: SavedRun) -> list[list[Text]]:
     if "minutes" in run.metrics:
         rows.append(["time until the figures", duration(60 * run.metrics["minutes"])])
     for name, entry in run.metrics.get("seconds_by_stage", {}).items():
+        if name == "drawing":  # what a report took is known after it; metrics.json has it
+            continue
         unit = "epochs" if name == "training" else name
         already = f"; {count(entry['reused'])} {unit} were reused" if "reused" in entry else ""
         rows.append([f"time of {name}", duration(entry["seconds"]) + already])
