@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from inference.moments import Moments, PassDice
 from inference.precision import automatic_precision, float32_convolutions
 from inference.unet_passes import UNetPasses, engine_of, supports
 from model import UNet
+from runtime.threads import in_threads
 
 __all__ = [
     "CAM_SCORES", "METHODS", "Moments", "PRECISIONS", "UncertaintyMaps", "active_dropout",
@@ -318,13 +320,16 @@ def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: 
     """The passes of images that are encoded together."""
     encoded = engine.encode(images)
     drop = InPlaceDropout(options.seed, ids, options.passes, engine.rates, images.device)
-    for block in options.chunks(chunk, images.device):
-        drop.start(block)
-        logits, weights = engine(encoded, len(block), drop)  # K * B rows each, pass-major
+
+    def compute(block: range) -> _Chunk:
+        logits, weights = engine(encoded, len(block), partial(drop, block))  # K * B rows each, pass-major
         per_image = weights.view(len(block), len(images), -1).unbind(1)
         cams = [grad_cam(a[None], w, options.normalise_cam) for a, w in zip(encoded.activations, per_image)]
         cam, empty = (torch.stack(parts, 1) for parts in zip(*cams))
-        yield logits.view(len(block), *images[:, 0].shape), cam, empty
+        return logits.view(len(block), *images[:, 0].shape), cam, empty
+
+    beside_each_other = images.is_cpu and options.chunk is None  # whoever asks for fewer passes lacks memory
+    return (in_threads if beside_each_other else map)(compute, options.chunks(chunk, images.device))
 
 
 def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:

@@ -226,7 +226,8 @@ class MaskSource:
 
 
 class InPlaceDropout:
-    """Seeded masks for some images' passes at once: the ``drop`` of :class:`inference.unet_passes.UNetPasses`.
+    """Seeded masks for some images' passes at once: the ``drop`` of
+    :class:`inference.unet_passes.UNetPasses`, once it is told of which passes. Threads may share it.
 
     Args:
         seed: of the masks.
@@ -243,18 +244,20 @@ class InPlaceDropout:
         keys = [[[mask_key(seed, i, t, site) for site in sites] for i in image_ids] for t in range(passes)]
         self.keys = sent(torch.tensor(keys, dtype=torch.int32), device)  # T, B, sites; copied once
         self.rates = rates
-        self.passes = range(passes)
         self.noise: dict[torch.Size, Tensor] = {}
 
-    def start(self, passes: range) -> None:
-        """Begin a forward of ``passes`` of all images; its batch axis is pass-major."""
-        self.passes = passes
+    def __call__(self, passes: range, x: Tensor, site: int, first: int) -> None:
+        """Zero what the site's masks drop of x (n, C, h, w), in place.
 
-    def __call__(self, x: Tensor, site: int, first: int) -> None:
-        """Zero what the site's masks drop of x (n, C, h, w): rows ``first`` to ``first + n`` of the whole batch."""
+        Args:
+            passes: of all images, in the pass-major batch that x is a part of.
+            x: rows ``first`` to ``first + n`` of that batch.
+            site: numbers the dropout.
+            first: see x.
+        """
         shape = x.shape[1:]
         if shape not in self.noise:
             noise = mask_noise(shape, x.device)[None]
             self.noise[shape] = noise.contiguous(memory_format=torch.channels_last)
-        keys = self.keys[self.passes.start : self.passes.stop, :, site].reshape(-1)[first : first + len(x)]
+        keys = self.keys[passes.start : passes.stop, :, site].reshape(-1)[first : first + len(x)]
         zero_dropped(x, keys, self.noise[shape], self.rates[site])

@@ -211,6 +211,22 @@ def test_maps_do_not_depend_on_order_company_or_chunks(method):
         assert not torch.equal(getattr(other, name), getattr(alone, name))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_maps_do_not_depend_on_the_number_of_threads(threads):
+    model, images = unet(), pictures()
+    options = {"target_layer": model.encoder4, "passes": 20, "method": "fast"}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = uncertainty_maps(model, images, **options)
+        torch.set_num_threads(threads)
+        together = uncertainty_maps(model, images, **options)
+    finally:
+        torch.set_num_threads(before)
+    for name in MAPS:
+        assert torch.equal(getattr(together, name), getattr(alone, name))
+
+
 def test_two_processes_agree_bit_for_bit():
     program = (
         "import sys, hashlib, torch; sys.path[:0] = sys.argv[1:]\n"

@@ -92,14 +92,13 @@ def test_rows_in_place_are_pass_major(passes):
     """Row r of the batch is pass r // B of the block, image r % B; a piece of the rows has the same masks."""
     ids, rates, shape = ["a", "b", "c"], [0.25, 0.5], (2, 4, 5)
     drop = InPlaceDropout(7, ids, 4, rates, DEVICE)
-    drop.start(passes)
     for site, rate in enumerate(rates):
         expected = torch.stack([numpy_mask(7, i, t, site, shape, rate) for t in passes for i in ids]).float()
         x = torch.ones(len(passes) * 3, *shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        drop(x, site, 0)
+        drop(passes, x, site, 0)
         assert torch.equal(x, expected)
         piece = torch.ones(2, *shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        drop(piece, site, 3)
+        drop(passes, piece, site, 3)
         assert torch.equal(piece, expected[3:5])
 
 
@@ -108,7 +107,7 @@ def test_both_ways_to_hand_out_masks_agree():
     source.start("a", range(3))
     x = torch.randn(3, 2, 4, 5)
     y = x.clone(memory_format=torch.channels_last)
-    drop(y, 0, 0)
+    drop(range(3), y, 0, 0)
     assert torch.equal(source.apply(nn.Dropout(0.5), x), 2 * y)
 
 

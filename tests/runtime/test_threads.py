@@ -1,0 +1,69 @@
+"""Pieces of work beside each other: in order, with their share of the threads, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from runtime.threads import in_threads
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_items_whichever_is_finished_first(four_threads):
+    last_is_done = threading.Event()
+
+    def make(item: int) -> int:
+        if item == 3:
+            last_is_done.set()
+        assert last_is_done.wait(30)
+        return item * item
+
+    assert list(in_threads(make, range(4))) == [0, 1, 4, 9]
+
+
+@pytest.mark.parametrize(("items", "lanes", "share"), [(1, 1, 4), (2, 2, 2), (3, 3, 1), (9, 4, 1)])
+def test_the_threads_are_divided_and_the_number_is_as_before(four_threads, items, lanes, share):
+    together = threading.Barrier(lanes)
+
+    def make(item: int) -> tuple[int, int]:
+        if item < lanes:
+            together.wait(30)  # so many really run at once
+        return torch.get_num_threads(), threading.get_ident()
+
+    found = list(in_threads(make, range(items)))
+    assert {number for number, _ in found} == {share} and len({ident for _, ident in found}) == lanes
+    assert torch.get_num_threads() == 4
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [4]
+
+
+def test_no_more_is_made_ahead_than_may_wait(four_threads):
+    started: list[int] = []
+    results = in_threads(lambda item: started.append(item) or item, range(100))
+    assert next(results) == 0
+    assert len(started) <= 6
+    results.close()
+    assert len(started) <= 6 and torch.get_num_threads() == 4
+
+
+def test_a_failure_comes_at_its_turn_and_the_number_of_threads_is_as_before(four_threads):
+    def make(item: int) -> float:
+        return 1 / (2 - item)
+
+    results = in_threads(make, range(5))
+    assert [next(results), next(results)] == [0.5, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert torch.get_num_threads() == 4
