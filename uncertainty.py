@@ -32,9 +32,9 @@ from inference.logits import ToLogits, binary_entropy_of_logits, binary_logits
 from inference.masks import InPlaceDropout, MaskSource
 from inference.moments import Moments, PassDice
 from inference.precision import automatic_precision, float32_convolutions
+from inference.threads import in_threads
 from inference.unet_passes import UNetPasses, engine_of, supports
 from model import UNet
-from runtime.threads import in_threads
 
 __all__ = [
     "CAM_SCORES", "METHODS", "Moments", "PRECISIONS", "UncertaintyMaps", "active_dropout",

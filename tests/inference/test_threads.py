@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from runtime.threads import in_threads
+from inference.threads import in_threads
 
 
 @pytest.fixture
