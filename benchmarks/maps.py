@@ -13,7 +13,7 @@ convolution peak in that precision.
 
     python -m benchmarks.maps                                    # width 16, 128 px
     # minutes a round; left to itself in the background
-    nohup python -m benchmarks.maps --width 64 --size 256 --warm-up 0 --variants "research,Captum,fp32,bf16" \\
+    nohup python -m benchmarks.maps --width 64 --size 256 --warm-up 0 --variants "research,Captum,ours fp32" \\
         --json maps64.json > maps64.txt &
     python -m benchmarks.maps --device cuda --width 64 --size 256 --images 779
 
@@ -252,8 +252,13 @@ class OperationCounter(TorchDispatchMode):
 
 
 def multiply_adds(run: Variant) -> int:
-    with OperationCounter() as counter:
-        run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a counter sees the operations of its own thread
+    try:
+        with OperationCounter() as counter:
+            run()
+    finally:
+        torch.set_num_threads(threads)
     return counter.total // 2
 
 
@@ -356,7 +361,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--variants", default="", help="comma-separated parts of names; all if empty")
+    parser.add_argument("--variants", default="", help="comma-separated parts of names, these without commas; all if empty")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--images", type=int, default=0, help="also the whole job, for so many pictures")
     parser.add_argument("--data", type=Path, default=None, help="folder in the ISIC 2018 Task 1 layout to take --images from")
@@ -380,7 +385,7 @@ def main() -> None:
         print(peak_growth(chosen[options.memory_of], device))
         return
     wanted = [part.strip() for part in options.variants.split(",") if part.strip()]
-    chosen = {name: run for name, run in chosen.items() if not wanted or any(part in name for part in wanted)}
+    chosen = {name: run for name, run in chosen.items() if not wanted or any(part in name.replace(",", "") for part in wanted)}
 
     wall: dict[str, list[float]] = {name: [] for name in chosen}
     cpu: dict[str, list[float]] = {name: [] for name in chosen}
