@@ -5,7 +5,8 @@
     python -m docs.study.document --runs RUNS --docs FOLDER --numbers-only   # tables and figures of other runs
 
 docs/study/RUN.json holds what the document needs of a run's metrics.json, rounded to six significant digits.
-docs/study/STUDY.template.md is the text, about the committed runs; every number in it is a reference into those files:
+docs/study/STUDY.template.md and tables.template.md are the text, about the committed runs; every number in it is a reference into
+those files:
 
     {{seed-42: test.dice | number}}     one run
     {{seeds: test.dice | number}}       the three trainings, one after the other
@@ -19,6 +20,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
@@ -37,7 +39,8 @@ from runtime.files import atomic_write
 from runtime.records import WALL_CLOCK, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE = ROOT / "docs" / "study" / "STUDY.template.md"
+#: What is written below docs, and the template beside this file that it is made of.
+PAGES = {"STUDY.md": "STUDY.template.md", "study/tables.md": "tables.template.md"}
 #: The regions that the committed runs were measured in.
 REGIONS = ("foreground", "predicted_foreground", "union", "whole_image")
 SEEDS = ("seed-42", "seed-43", "seed-44")
@@ -140,7 +143,25 @@ def render(template: str, runs: Runs) -> str:
         names = SEEDS if source == "seeds" else (source,)
         return ", ".join(FORMATS[shown](Quotes(runs[name]).get(_numbered(path, runs[name]))) for name in names)
 
-    return PLACEHOLDER.sub(quoted, template)
+    return refilled(PLACEHOLDER.sub(quoted, template))
+
+
+def refilled(text: str) -> str:
+    """Markdown whose paragraphs and list items are broken into lines anew: a number is shorter than its reference."""
+
+    def filled(block: str) -> str:
+        if block.lstrip("\n").startswith(("#", "|", "!", "```")):
+            return block
+        items = re.split(r"\n(?=- )", block)
+        return "\n".join(
+            textwrap.fill(" ".join(item.split()), 130, subsequent_indent="  " * item.startswith("- "), break_long_words=False,
+                          break_on_hyphens=False) for item in items
+        )
+
+    blocks = text.rstrip("\n").split("\n\n")
+    return "\n\n".join(map(filled, blocks)) + text[len(text.rstrip("\n")):]
+
+
 
 
 def _numbered(path: str, run: Mapping[str, Any]) -> str:
@@ -202,6 +223,28 @@ def headline(runs: Runs) -> Table:
               "saliency − predictive", "fusing", "λ = 1 in resamples")
     return Table("Foreground ECE on test, with 95 % intervals; the last column is the share of resamples of the validation "
                  "images in which λ = 1 would have been chosen", header, rows, (0, 7))
+
+
+def gaps(runs: Runs) -> Table:
+    rows, base = [], "test.regions.foreground"
+    for name in SEEDS:
+        quote = Quotes(runs[name])
+        rows.append([_seed(name), quote(f"{base}.accuracy"),
+                     *(quote(f"{base}.scores.{score}.{key}") for score in SCORES[:2]
+                       for key in ("mean_confidence", "ece.value", "signed_gap.value"))])
+    header = ("training seed", "accuracy", *(f"{score} variance: {what}" for score in ("predictive", "saliency")
+                                             for what in ("mean confidence", "ECE", "signed gap")))
+    return Table("Inside the true lesions of the test images", header, rows, (0,))
+
+
+def detectors(runs: Runs) -> Table:
+    rows = []
+    for region in ("foreground", "predicted_foreground", "whole_image"):
+        base = f"test.regions.{region}.scores"
+        rows.append([REGION_NAMES[region],
+                     *(Quotes(runs[name])(f"{base}.{score}.auroc.value") for score in SCORES[:2] for name in SEEDS)])
+    header = ("region", *(f"{score} variance, seed {_seed(name)}" for score in ("predictive", "saliency") for name in SEEDS))
+    return Table("AUROC of errors on test", header, rows, (0,))
 
 
 def calibration(runs: Runs) -> Table:
@@ -328,7 +371,7 @@ def claims(runs: Runs) -> Table:
 
 
 TABLES = {function.__name__: function for function in (
-    segmentation, headline, calibration, ranking, rules, trees, logistic, ablations, claims)}
+    segmentation, headline, gaps, detectors, calibration, ranking, rules, trees, logistic, ablations, claims)}
 
 
 # ---------------------------------------------------------------- the figures
@@ -392,11 +435,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = draw_figures(runs, args.docs)
     if args.numbers_only:
         tables = (f"{{{{table: {name}}}}}\n" for name in TABLES)
-        template = "\n".join([NUMBERS_ONLY, *tables, *(f"![{name}](study/{name}.png)\n" for name in figures)])
+        pages = {"STUDY.md": "\n".join([NUMBERS_ONLY, *tables, *(f"![{name}](study/{name}.png)\n" for name in figures)])}
     else:
-        template = TEMPLATE.read_text(encoding="utf-8")
-    with atomic_write(args.docs / "STUDY.md") as stream:
-        stream.write(render(template, runs).encode())
+        pages = {page: (Path(__file__).parent / name).read_text(encoding="utf-8") for page, name in PAGES.items()}
+    for page, template in pages.items():
+        with atomic_write(args.docs / page) as stream:
+            stream.write(render(template, runs).encode())
     print(f"wrote {args.docs / 'STUDY.md'} from the numbers of {len(runs)} runs")
 
 
