@@ -81,7 +81,8 @@ def test_every_number_of_the_document_is_found_in_the_metrics(committed):
     # independent of how the document is made: every decimal is the rounding of some number of some run
     values = [value for run in committed.values() for value in leaves(run)]
     known = {shown(value).lstrip("+-") for value in values for shown in (number, percent, signed, "{:g}".format)} | SETTINGS
-    text = re.sub(r"`[^`\n]*`|```.*?```|\]\([^)]*\)", "", "".join(page.read_text(encoding="utf-8") for page in TEMPLATES), flags=re.S)
+    pages = "".join(page.read_text(encoding="utf-8") for page in TEMPLATES)
+    text = re.sub(r"`[^`\n]*`|```.*?```|\]\([^)]*\)", "", pages, flags=re.S)
     quoted = re.findall(r"\d+\.\d+(?: %)?", text)
     assert len(quoted) > 500
     assert [one for one in quoted if one not in known] == []
