@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Callable, TypeVar
 
 import torch
@@ -42,8 +45,7 @@ def in_threads(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         yield from map(make, items)
         return
     waiting: deque[Future[Result]] = deque()
-    # PyTorch keeps the number for each thread, and that of the last call for threads to come
-    pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(allowed // lanes,))
+    pool = _threads(os.getpid(), lanes, allowed // lanes)
     try:
         for item in items:
             waiting.append(pool.submit(make, item))
@@ -52,5 +54,29 @@ def in_threads(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(allowed)
+        for piece in waiting:
+            piece.cancel()
+        wait(waiting)
+
+
+@functools.lru_cache(maxsize=4)
+def _threads(process: int, lanes: int, share: int) -> ThreadPoolExecutor:
+    """Threads that are started once: Python may wait forever for one that it starts when memory has run out.
+
+    Args:
+        process: this one; a forked process has none of the threads of the one that it came from.
+        lanes: how many.
+        share: threads that PyTorch may use in each.
+    """
+    allowed = torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(share)
+        torch.get_num_threads()  # the first call in a thread takes the number last set anywhere; it stays the thread's own
+
+    pool = ThreadPoolExecutor(lanes, initializer=begin)
+    all_run = threading.Barrier(lanes)
+    for started in [pool.submit(all_run.wait) for _ in range(lanes)]:
+        started.result()
+    torch.set_num_threads(allowed)
+    return pool

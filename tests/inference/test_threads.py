@@ -67,3 +67,9 @@ def test_a_failure_comes_at_its_turn_and_the_number_of_threads_is_as_before(four
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert torch.get_num_threads() == 4
+
+
+def test_threads_are_started_once(four_threads):
+    idents = [{ident for ident in in_threads(lambda item: threading.get_ident(), range(40))} for _ in range(3)]
+    assert len(set.union(*idents)) <= 4
+    assert threading.main_thread().ident not in set.union(*idents)
