@@ -70,6 +70,6 @@ def test_a_failure_comes_at_its_turn_and_the_number_of_threads_is_as_before(four
 
 
 def test_threads_are_started_once(four_threads):
-    idents = [{ident for ident in in_threads(lambda item: threading.get_ident(), range(40))} for _ in range(3)]
+    idents = [set(in_threads(lambda item: threading.get_ident(), range(40))) for _ in range(3)]
     assert len(set.union(*idents)) <= 4
     assert threading.main_thread().ident not in set.union(*idents)
