@@ -328,8 +328,8 @@ def _fast_chunks(engine: UNetPasses, images: Tensor, ids: Sequence[str], chunk: 
         cam, empty = (torch.stack(parts, 1) for parts in zip(*cams))
         return logits.view(len(block), *images[:, 0].shape), cam, empty
 
-    beside_each_other = images.is_cpu and options.chunk is None  # whoever asks for fewer passes lacks memory
-    return (in_threads if beside_each_other else map)(compute, options.chunks(chunk, images.device))
+    in_parallel = images.is_cpu and options.chunk is None  # whoever gives a chunk size wants to save memory
+    return (in_threads if in_parallel else map)(compute, options.chunks(chunk, images.device))
 
 
 def _fast_maps(model: nn.Module, images: Tensor, ids: Sequence[str], options: _Options) -> list[UncertaintyMaps]:

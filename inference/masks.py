@@ -226,8 +226,9 @@ class MaskSource:
 
 
 class InPlaceDropout:
-    """Seeded masks for some images' passes at once: the ``drop`` of
-    :class:`inference.unet_passes.UNetPasses`, once it is told of which passes. Threads may share it.
+    """Seeded dropout masks for passes of B images, applied in place; threads may share it.
+
+    With its first argument bound it is the ``drop`` of :class:`inference.unet_passes.UNetPasses`.
 
     Args:
         seed: of the masks.
@@ -250,10 +251,10 @@ class InPlaceDropout:
         """Zero what the site's masks drop of x (n, C, h, w), in place.
 
         Args:
-            passes: of all images, in the pass-major batch that x is a part of.
+            passes: the passes in the whole batch, which is pass-major.
             x: rows ``first`` to ``first + n`` of that batch.
-            site: numbers the dropout.
-            first: see x.
+            site: index of the dropout layer.
+            first: index of the first row of x.
         """
         shape = x.shape[1:]
         if shape not in self.noise:

@@ -1,4 +1,4 @@
-"""Independent pieces of work in threads of this process, each with its share of the CPU threads that PyTorch may use."""
+"""Independent items of work computed in parallel, each by its share of the CPU threads that PyTorch may use."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Result = TypeVar("Result")
 
 
 def in_threads(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield ``make(item)`` for each item in order, computed beside each other.
+    """Yield ``make(item)`` for each item, in order; several items are computed in parallel.
 
-    Threads that share each operation meet at its end, thousands of times an
-    image: where the operations are small, or another process holds one of the
-    cores, most of the time is spent waiting there. Pieces that are computed
-    beside each other meet once. So as many threads are started as there are
-    items, at most as many as ``torch.get_num_threads()``, and that number is
-    divided among them. No result depends on it, as none depends on the number
-    of threads of an operation.
+    PyTorch's threads share each operation and wait for each other at its end,
+    thousands of times per image. Where operations are small, or another
+    process keeps a core busy, most of the time is spent waiting. Here each
+    thread computes whole items. There are ``torch.get_num_threads()`` of them,
+    or as many as there are items if that is less, and each operation uses its
+    share of that number. The results are the same, bit for bit, as far as
+    those of the operations do not depend on the number of threads.
 
     Args:
         make: may be called from several threads at once.
-        items: of the pieces of work.
+        items: arguments of ``make``.
 
     Raises:
-        Exception: what ``make`` raises, at its turn; the pieces that are being computed are waited for.
+        Exception: what ``make`` raises, when it is the turn of that item; running items are waited for.
 
     Example:
         >>> list(in_threads(lambda n: n * n, range(5)))
@@ -49,13 +49,13 @@ def in_threads(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     try:
         for item in items:
             waiting.append(pool.submit(make, item))
-            if len(waiting) > lanes:  # one finished piece may wait for its turn, and no more: results take memory
+            if len(waiting) > lanes:  # at most one finished result waits for its turn, since results take memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        for piece in waiting:
-            piece.cancel()
+        for future in waiting:
+            future.cancel()
         wait(waiting)
 
 

@@ -5,8 +5,7 @@
     python -m docs.study.document --runs RUNS --docs FOLDER --numbers-only   # tables and figures of other runs
 
 docs/study/RUN.json holds what the document needs of a run's metrics.json, rounded to six significant digits.
-docs/study/STUDY.template.md and tables.template.md are the text, about the committed runs; every number in it is a reference into
-those files:
+The text, about the committed runs, stands in STUDY.template.md and tables.template.md. Every number in it is a reference:
 
     {{seed-42: test.dice | number}}     one run
     {{seeds: test.dice | number}}       the three trainings, one after the other
@@ -160,8 +159,6 @@ def refilled(text: str) -> str:
 
     blocks = text.rstrip("\n").split("\n\n")
     return "\n\n".join(map(filled, blocks)) + text[len(text.rstrip("\n")):]
-
-
 
 
 def _numbered(path: str, run: Mapping[str, Any]) -> str:

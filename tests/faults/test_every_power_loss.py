@@ -34,9 +34,4 @@ def test_every_state(name, tmp_path):
     found[name] = len(recording.states)
     count = f"{len(recording.states)} states, {len(distinct)} of them in more than leftovers"
     print(f"\n{name}: {len(recording.log)} changes, {count}")
-
-
-def test_there_were_enough():
-    if len(found) < len(SCENARIOS):
-        pytest.skip("only some kinds of runs were tried")
-    assert sum(found.values()) >= STATES
+    assert len(found) < len(SCENARIOS) or sum(found.values()) >= STATES
