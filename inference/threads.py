@@ -67,6 +67,9 @@ def _threads(process: int, lanes: int, share: int) -> ThreadPoolExecutor:
         process: this one; a forked process has none of the threads of the one that it came from.
         lanes: how many.
         share: threads that PyTorch may use in each.
+
+    Raises:
+        RuntimeError: the system starts no more threads.
     """
     allowed = torch.get_num_threads()
 
@@ -76,7 +79,13 @@ def _threads(process: int, lanes: int, share: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(lanes, initializer=begin)
     all_run = threading.Barrier(lanes)
-    for started in [pool.submit(all_run.wait) for _ in range(lanes)]:
-        started.result()
-    torch.set_num_threads(allowed)
+    try:
+        for started in [pool.submit(all_run.wait) for _ in range(lanes)]:
+            started.result()
+    except BaseException:
+        all_run.abort()  # else those that did start would wait for the others, and the interpreter for them
+        pool.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(allowed)
     return pool

@@ -1,4 +1,4 @@
-"""Pieces of work beside each other: in order, with their share of the threads, and nothing left behind."""
+"""Items computed in parallel: in order, with their share of the threads, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from inference.threads import in_threads
+from inference.threads import _threads, in_threads
 
 
 @pytest.fixture
@@ -73,3 +73,18 @@ def test_threads_are_started_once(four_threads):
     idents = [set(in_threads(lambda item: threading.get_ident(), range(40))) for _ in range(3)]
     assert len(set.union(*idents)) <= 4
     assert threading.main_thread().ident not in set.union(*idents)
+
+
+def test_where_no_more_threads_can_be_started_none_is_left_waiting(four_threads, monkeypatch):
+    _threads.cache_clear()
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(set(threading.enumerate()) - before) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(in_threads(lambda item: item, range(9)))
+    assert set(threading.enumerate()) <= before and torch.get_num_threads() == 4
