@@ -322,7 +322,7 @@ def forest_figure(run: SavedRun) -> Figure:
         ],
         loc="outside upper center", ncols=2, frameon=False,
     )
-    ax.text(1.02, 1.0, "difference  (95 % interval)", transform=ax.transAxes, va="top", fontsize=8, color="0.3")
+    ax.text(1.02, 1.0, "difference  (95 %, test images alone)", transform=ax.transAxes, va="top", fontsize=8, color="0.3")
     return stamped(figure, run.metrics)
 
 
