@@ -1,13 +1,14 @@
-"""Training a network: set-up, one epoch, the loop, and the checkpoints it leaves."""
+"""Training a network: set-up, one epoch, the loop."""
 
 from __future__ import annotations
 
-import inspect
+import copy
 import math
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -21,17 +22,11 @@ from evaluation.overlap import segmentation_overlap
 from experiment.networks import Network, build, load_network, memory_layout
 from isic.decoded import DecodedPairs
 from model import UNet
-from runtime.checkpoints import (
-    check_resumable,
-    load_checkpoint,
-    load_training_state,
-    save_checkpoint,
-    state_fingerprint,
-    weights_fingerprint,
-)
+from runtime.background import BackgroundWriter
+from runtime.checkpoints import check_resumable
 from runtime.config import Config
 from runtime.devices import autocast, reproducible_convolutions, training_precision
-from runtime.errors import SharedError, UserError
+from runtime.errors import SharedError
 from runtime.group_layers import with_group_batch_norm, with_row_dropout
 from runtime.loading import loaded
 from runtime.processes import ProcessGroup
@@ -39,28 +34,8 @@ from runtime.records import write_csv
 from runtime.resources import naming_shortage
 from runtime.signals import end_with_parent
 from runtime.stages import reused
+from runtime.training_state import Progress, resumable_state, save_epoch
 from runtime.upsampling import with_reproducible_upsampling
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a training has come; saved with its state.
-
-    Attributes:
-        epoch: finished epochs.
-        best_dice: the best mean validation Dice so far; -1 before the first epoch.
-        best_epoch: the epoch (from 1) that reached it.
-        best_weights: fingerprint of that epoch's weights.
-        epochs_without_improvement: finished since.
-        log: a row per finished epoch.
-    """
-
-    epoch: int = 0
-    best_dice: float = -1.0
-    best_epoch: int = 0
-    best_weights: str = ""
-    epochs_without_improvement: int = 0
-    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 class EpochResult(NamedTuple):
@@ -94,9 +69,10 @@ def train(
 ) -> TrainingResult:
     """Train with Adam on binary cross-entropy; keep the weights of the best validation Dice.
 
-    After each epoch the folder ``results`` holds ``weights/best_model.pth``,
-    ``weights/training_state.pth`` (all that the next epoch needs) and
-    ``training_log.csv``. A later call with the same ``identity`` goes on after
+    After each epoch a thread writes ``weights/training_state.pth`` (all that the
+    next epoch needs), ``weights/best_model.pth`` and ``training_log.csv`` into the
+    folder ``results``, while the next one is trained. On return, and where an
+    error or a signal ends the training, they are written. A later call with the same ``identity`` goes on after
     the last finished epoch; since the order, the augmentation and the dropout
     of an epoch are seeded by (seed, epoch), the outcome is that of a run that
     was never interrupted.
@@ -121,50 +97,46 @@ def train(
             step), the weights are not those this run wrote, or a file cannot be
             read or written.
     """
-    best_path, state_path = results / "weights" / "best_model.pth", results / "weights" / "training_state.pth"
+    best_path = results / "weights" / "best_model.pth"
     training = Training(config, pairs, train_ids, group)
     progress = Progress()
-    saved = group.shared(lambda: resumable_state(state_path, best_path, identity))
+    saved = group.shared(lambda: resumable_state(results, identity))
     if saved is not None:
-        training.load_state(saved, state_path)
+        training.load_state(saved, results / "weights" / "training_state.pth")
         progress = Progress(**saved["progress"])
         reused("training", progress.epoch)
         if group.is_main:  # a run may have died just before it wrote this
             write_csv(results / "training_log.csv", progress.log)
     report(progress.epoch * len(train_ids), f"epoch {progress.epoch}/{config.epochs}")
-    while progress.epoch < config.epochs and progress.epochs_without_improvement < config.patience:
-        before_epoch()
-        note = f"epoch {progress.epoch + 1}/{config.epochs}, best Dice {max(progress.best_dice, 0):.4f}"
-        kept = f"the best weights so far are kept in {best_path}" if best_path.exists() else "no epoch was finished"
-        advice = f"{kept}; lower --lr and give another --results folder, or --fresh, which starts this one over"
-        trained = training.run_epoch(progress.epoch, report, note, advice)
-        scores = validate(
-            training.model, pairs, validation_ids, config.batch_size, config.threshold, group, training.precision
-        )
-        if not math.isfinite(scores["loss"]):
-            where = f"after step {len(training.order)} of epoch {progress.epoch + 1}"
-            raise SharedError(f"the validation loss is {scores['loss']} {where}; {advice}")
-        row = {
-            "epoch": progress.epoch + 1, "train_loss": trained.loss, "validation_loss": scores["loss"],
-            "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
-            "learning_rate": learning_rate(config, progress.epoch),
-            "images_per_second": trained.images_per_second, "seconds_waited_for_data": trained.seconds_waited,
-        }
-        improved = scores["dice"] > progress.best_dice
-        progress = replace(
-            progress, epoch=progress.epoch + 1, log=[*progress.log, row],
-            epochs_without_improvement=0 if improved else progress.epochs_without_improvement + 1,
-        )
-        if improved:
-            weights = weights_fingerprint(training.model)
-            progress = replace(progress, best_dice=scores["dice"], best_epoch=progress.epoch, best_weights=weights)
-        if group.is_main:
-            state = {**training.state(), "identity": identity, "progress": asdict(progress)}
-            # the state first: from it a lost or older best_model.pth can be made again, not the other way round
-            save_checkpoint(state_path, state)
-            if improved:
-                save_best(best_path, state)
-            write_csv(results / "training_log.csv", progress.log)
+    with BackgroundWriter() as writer:
+
+        def step_done(count: int, note: str) -> None:
+            writer.check()  # what cannot be written ends the training now, not an epoch later
+            report(count, note)
+
+        while progress.epoch < config.epochs and progress.epochs_without_improvement < config.patience:
+            before_epoch()
+            note = f"epoch {progress.epoch + 1}/{config.epochs}, best Dice {max(progress.best_dice, 0):.4f}"
+            kept = f"the best weights so far are kept in {best_path}" if progress.best_epoch else "no epoch was finished"
+            advice = f"{kept}; lower --lr and give another --results folder, or --fresh, which starts this one over"
+            trained = training.run_epoch(progress.epoch, step_done, note, advice)
+            scores = validate(
+                training.model, pairs, validation_ids, config.batch_size, config.threshold, group, training.precision
+            )
+            if not math.isfinite(scores["loss"]):
+                where = f"after step {len(training.order)} of epoch {progress.epoch + 1}"
+                raise SharedError(f"the validation loss is {scores['loss']} {where}; {advice}")
+            row = {
+                "epoch": progress.epoch + 1, "train_loss": trained.loss, "validation_loss": scores["loss"],
+                "validation_dice": scores["dice"], "validation_jaccard": scores["jaccard"],
+                "learning_rate": learning_rate(config, progress.epoch),
+                "images_per_second": trained.images_per_second, "seconds_waited_for_data": trained.seconds_waited,
+            }
+            progress = progress.after_epoch(row, training.model)
+            if group.is_main:
+                state = {**training.state(), "identity": identity, "progress": asdict(progress)}
+                # a copy, since the next epoch changes the weights while this one's are written
+                writer.submit(partial(save_epoch, results, copy.deepcopy(state)))
     return TrainingResult(load_network(best_path, config, group), progress.best_dice, progress.log)
 
 
@@ -190,7 +162,8 @@ class Training:
         self.dropout_sites = with_row_dropout(self.model)
         with_reproducible_upsampling(self.model, device)
         self.model = with_group_batch_norm(self.model, group)
-        self.network = _parallel(torch.compile(self.model) if config.compile else self.model, group)
+        network: Any = torch.compile(self.model) if config.compile else self.model
+        self.network = group.parallel(network, every_weight_used=isinstance(self.model, UNet))
         self.order = EpochBatches(len(ids), config.batch_size, config.seed, group.rank, group.world_size)
         workers = config.workers if config.workers >= 0 else (0 if device.type == "cpu" else 8)
         self.loader = DataLoader(
@@ -263,18 +236,6 @@ class Training:
         return loss.detach()
 
 
-def _parallel(network: Any, group: ProcessGroup) -> Any:
-    """The network as all processes of a group train it together; of one of the user's, some weights may be idle."""
-    if group.world_size == 1:
-        return network
-    parallel = nn.parallel.DistributedDataParallel
-    known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
-    every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    ours = isinstance(getattr(network, "_orig_mod", network), UNet)
-    # the buffers are those of the global batch already
-    return parallel(network, find_unused_parameters=not ours, **{every_forward: False})  # type: ignore[arg-type]
-
-
 def learning_rate(config: Config, epoch: float) -> float:
     """The learning rate at a fractional epoch.
 
@@ -307,44 +268,3 @@ def validate(
         sums += torch.stack([loss.sum().to(sums.dtype), dice.sum(), jaccard.sum()])
     loss_mean, dice_mean, jaccard_mean = (group.summed(sums) / len(ids)).tolist()
     return {"loss": loss_mean, "dice": dice_mean, "jaccard": jaccard_mean}
-
-
-# ---------------------------------------------------------------- checkpoints of a training
-
-
-def save_best(path: Path, state: dict[str, Any]) -> None:
-    """Save the weights of the best epoch so far, with its number and validation Dice."""
-    best = {key: state[key] for key in ("model", "options", "identity")}
-    progress = state["progress"]
-    save_checkpoint(path, {**best, "epoch": progress["best_epoch"], "validation_dice": progress["best_dice"]})
-
-
-def resumable_state(state_path: Path, best_path: Path, identity: str) -> dict[str, Any] | None:
-    """The state to go on from, with the best weights in place; None where training starts over.
-
-    It starts over where a file is missing or was made by another configuration.
-
-    Raises:
-        UserError: a file is damaged, or the best weights are not those that
-            the state says were the best.
-    """
-    if not state_path.exists():
-        return None
-    state = load_training_state(state_path)
-    if state["identity"] != identity:
-        return None
-    progress = Progress(**state["progress"])
-    if progress.best_epoch == progress.epoch:
-        # a run that died between the two files left an older best, or none; this epoch's weights are the best
-        found = load_checkpoint(best_path) if best_path.exists() else {}
-        if found.get("identity") != identity or found.get("epoch") != progress.epoch:
-            save_best(best_path, state)
-    if not best_path.exists():
-        return None
-    best = load_checkpoint(best_path)
-    if best.get("identity") != identity or state_fingerprint(best["model"]) != progress.best_weights:
-        raise UserError(
-            f"{best_path} does not hold the weights of this run's best epoch ({progress.best_epoch}); "
-            f"put the original back, or delete {best_path.parent} to train again"
-        )
-    return state

@@ -60,7 +60,7 @@ _WEIGHTS: dict[str, Check] = {"model": _state, "options": mapping_of(_option)}
 CHECKPOINT = record(
     _WEIGHTS, {"identity": text(), "epoch": whole(0), "validation_dice": number(-1, 1), "checksum": text(CHECKSUM)}
 )
-#: How far a training has come; see :class:`train.Progress`.
+#: How far a training has come; see :class:`runtime.training_state.Progress`.
 PROGRESS = record({
     "epoch": whole(0), "best_dice": number(-1, 1), "best_epoch": whole(0), "best_weights": text(),
     "epochs_without_improvement": whole(0), "log": list_of(mapping_of(nullable(number()))),

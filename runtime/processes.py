@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,22 @@ class ProcessGroup(NamedTuple):
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def parallel(self, network: Any, every_weight_used: bool) -> Any:
+        """The network as all processes train it together, gradients averaged over them; alone, the network itself.
+
+        Args:
+            network: on this process's device.
+            every_weight_used: whether each weight takes part in every step; otherwise the idle ones are looked for.
+        """
+        if self.world_size == 1:
+            return network
+        parallel = torch.nn.parallel.DistributedDataParallel
+        known = inspect.signature(parallel).parameters  # PyTorch 2.13 renamed the option
+        every_forward = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # the buffers are those of the global batch already
+        options: dict[str, Any] = {"find_unused_parameters": not every_weight_used, every_forward: False}
+        return parallel(network, **options)
 
     def wait_for_all(self) -> None:
         """Return when every process of the group has come here."""

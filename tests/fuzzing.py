@@ -45,7 +45,8 @@ from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
 from runtime.records import is_sealed, seal
-from train import Training, resumable_state
+from runtime.training_state import resumable_state
+from train import Training
 
 CPU = torch.device("cpu")
 #: Seconds and bytes that one reading may take; the files are far smaller.
@@ -314,7 +315,7 @@ def kinds(finished: Path, data: Path, folder: Path) -> dict[str, Kind]:
             assert np.array_equal(found.image(id), image) and np.array_equal(found.mask(id), mask), id
 
     def read_training_state() -> None:
-        found = resumable_state(state, best, identity)
+        found = resumable_state(run, identity)
         if found is not None:
             training.load_state(found, state)
 

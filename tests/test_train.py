@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,12 @@ from experiment.networks import UserNetwork
 from isic.cache import decode_pairs
 from isic.layout import find_pairs, isic_folders
 from model import UNet
-from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, weights_fingerprint
+from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, state_fingerprint, weights_fingerprint
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.processes import ProcessGroup
-from train import Progress, learning_rate, resumable_state, save_best, train, validate
+from runtime.training_state import save_epoch
+from train import learning_rate, train, validate
 
 CONFIG = Config(image_size=32, width=4, epochs=3, batch_size=4, lr=1e-3, schedule="cosine", workers=0)
 CPU = torch.device("cpu")
@@ -132,6 +134,38 @@ def test_best_weights_that_a_power_loss_took_are_made_again_byte_for_byte(tmp_pa
     before = once()
     (tmp_path / "weights" / "best_model.pth").unlink()
     assert once() == before
+
+
+def test_an_epoch_is_written_as_it_was_while_the_next_one_is_trained(tmp_path, data, monkeypatch):
+    changed, held = threading.Event(), []
+
+    def held_back(results, state):
+        assert changed.wait(60)  # until a step of the second epoch has changed the weights
+        held.append((state_fingerprint(state["model"]), state["progress"]["best_weights"], threading.current_thread()))
+        save_epoch(results, state)
+
+    def report(count, note):
+        if count and note.startswith("epoch 2/"):
+            changed.set()
+
+    monkeypatch.setattr("train.save_epoch", held_back)
+    run(tmp_path, data, replace(CONFIG, epochs=2), report)
+    found, expected, thread = held[0]
+    assert found == expected
+    assert thread is not threading.main_thread()
+    assert load_checkpoint(tmp_path / "weights" / "training_state.pth")["progress"]["epoch"] == 2
+
+
+def test_an_epoch_that_cannot_be_written_ends_the_training(tmp_path, data, monkeypatch):
+    notes = []
+
+    def no_room(results, state):
+        raise UserError("cannot write: no room")
+
+    monkeypatch.setattr("train.save_epoch", no_room)
+    with pytest.raises(UserError, match="no room"):
+        run(tmp_path, data, report=lambda count, note: notes.append(note[:7]))
+    assert "epoch 1" in notes and "epoch 3" not in notes
 
 
 def test_helpers_that_load_data_change_no_number(tmp_path, data):
@@ -265,50 +299,3 @@ def test_inserted_dropout_acts_in_training(tmp_path, data):
 def test_another_network_learns(tmp_path, data):
     config = replace(CONFIG, **NETWORKS[1], epochs=40, lr=1e-2, patience=40)
     assert run(tmp_path, data, config).best_dice > 0.7
-
-
-# ---------------------------------------------------------------- the state to go on from
-
-
-def _state(epoch, best_epoch, model, identity="identity", **fields):
-    progress = Progress(epoch, 0.75, best_epoch, weights_fingerprint(model), epoch - best_epoch, [{"epoch": 1}] * epoch)
-    return {
-        "model": model.state_dict(), "options": model.options, "identity": identity,
-        "progress": {**vars(progress), **fields}, "optimizer": {"state": {}, "param_groups": []}, "scaler": {},
-    }
-
-
-def test_a_state_of_another_run_or_without_its_best_weights_starts_over(tmp_path):
-    state_path, best_path = tmp_path / "state.pth", tmp_path / "best.pth"
-    assert resumable_state(state_path, best_path, "identity") is None
-    model = UNet(2)
-    save_checkpoint(state_path, _state(3, 2, model))
-    assert resumable_state(state_path, best_path, "identity") is None  # the best weights are lost, and were of an earlier epoch
-    save_best(best_path, _state(2, 2, model))
-    assert resumable_state(state_path, best_path, "another") is None
-    assert resumable_state(state_path, best_path, "identity")["progress"] == vars(
-        Progress(3, 0.75, 2, weights_fingerprint(model), 1, [{"epoch": 1}] * 3))
-    save_checkpoint(state_path, {key: value for key, value in _state(3, 2, model).items() if key != "progress"})
-    with pytest.raises(UserError, match="state.pth is not a checkpoint of this program: the file lacks progress"):
-        resumable_state(state_path, best_path, "identity")
-
-
-def test_a_run_that_died_between_its_two_files_makes_the_best_weights_again(tmp_path):
-    state_path, best_path = tmp_path / "state.pth", tmp_path / "best.pth"
-    older, newer = UNet(2), UNet(2)
-    for left in (None, older):
-        best_path.unlink(missing_ok=True)
-        if left is not None:
-            save_best(best_path, _state(2, 2, left))
-        save_checkpoint(state_path, _state(3, 3, newer))
-        assert resumable_state(state_path, best_path, "identity") is not None
-        best = load_checkpoint(best_path)
-        assert (best["epoch"], best["validation_dice"], best["identity"]) == (3, 0.75, "identity")
-        assert weights_fingerprint(load_model(best_path, UNet, CPU)) == weights_fingerprint(newer)
-
-
-def test_weights_that_are_not_those_of_the_best_epoch_are_refused(tmp_path):
-    save_best(tmp_path / "best.pth", _state(2, 2, UNet(2)))
-    save_checkpoint(tmp_path / "state.pth", _state(3, 2, UNet(2)))
-    with pytest.raises(UserError, match=r"best.pth does not hold the weights of this run's best epoch \(2\)"):
-        resumable_state(tmp_path / "state.pth", tmp_path / "best.pth", "identity")
