@@ -37,10 +37,11 @@ ENSEMBLE_ROWS = (
 
 def beside_the_endpoints(quote: Quotes) -> list[Block]:
     """Differences after recalibration, and what each variance adds to a model of errors; each where it was computed."""
-    return [Heading(2, "Beside the endpoints", "beside"), *_added(quote), *_recalibrated(quote)]
+    return [Heading(2, "Beside the endpoints", "beside"), *added(quote), *recalibrated(quote)]
 
 
-def _recalibrated(quote: Quotes) -> list[Block]:
+def recalibrated(quote: Quotes) -> list[Block]:
+    """Fused minus predictive variance after recalibration."""
     entries = quote.get("conclusion").get("recalibrated", ())
     rows: list[Sequence[Text]] = [
         [RECALIBRATED_NAMES[entry["measure"]], quote.estimate(f"conclusion.recalibrated.{index}", True)]
@@ -54,7 +55,8 @@ def _recalibrated(quote: Quotes) -> list[Block]:
     )]
 
 
-def _added(quote: Quotes) -> list[Block]:
+def added(quote: Quotes) -> list[Block]:
+    """What each variance adds to a model of errors, by region."""
     rows: list[Sequence[Text]] = []
     permuted = False
     for region, entry in quote.get("conclusion.added").items():
