@@ -327,9 +327,15 @@ def _endpoints(
         rows.append({
             "name": name, "label": endpoint.label, "region": endpoint.region, "lower_is_better": endpoint.lower_is_better,
             "margin": margin, **_described(estimate, values), "p_value": estimate.p_value(), "p_holm": p_holm,
-            "outcome": result, "needed": needed(estimate, margin) if result == "undecided" else None,
+            "outcome": result,
+            "needed": needed(estimate, margin, _tests(estimate.p_value(), p_holm)) if result == "undecided" else None,
         })
     return rows
+
+
+def _tests(p_value: float, p_holm: float) -> float:
+    """What the correction multiplied a p-value by; all endpoints where the product is cut off at 1."""
+    return p_holm / p_value if p_holm < 1 else float(len(ENDPOINTS))
 
 
 def _controls(drawn: Sequence[Drawn], images: int) -> list[dict[str, Any]]:

@@ -182,10 +182,15 @@ def outcome(estimate: Estimate, margin: float, p_value: float, lower_is_better: 
     return "equivalent" if inside else "undecided"
 
 
-def needed(estimate: Estimate, margin: float) -> dict[str, Any]:
+def needed(estimate: Estimate, margin: float, tests: float = 1.0) -> dict[str, Any]:
     """About how many trainings, or how many times the images, would decide, if the value stayed what it is.
 
-    Decided means that the 95 % interval leaves out 0, or that the 90 % interval lies inside the margin.
+    Decided means that the corrected p-value falls below 5 %, or that the 90 % interval lies inside the margin.
+
+    Args:
+        estimate: of an undecided difference.
+        margin: the largest difference that does not matter.
+        tests: what the correction multiplies the p-value by.
 
     Returns:
         "trainings": with the same images; "images_factor": with the same trainings; None where more of that kind alone
@@ -198,7 +203,7 @@ def needed(estimate: Estimate, margin: float) -> dict[str, Any]:
     def decided(trainings: int, image_variance: float) -> bool:
         error = estimate._error_with(trainings, image_variance)
         degrees = estimate.degrees_of_freedom(trainings, image_variance)
-        different = abs(estimate.value) > _quantile(0.5 + LEVEL / 2, degrees) * error
+        different = abs(estimate.value) > _quantile(1 - (1 - LEVEL) / (2 * tests), degrees) * error
         return different or abs(estimate.value) + _quantile(0.5 + EQUIVALENCE_LEVEL / 2, degrees) * error < margin
 
     trainings = None

@@ -4,18 +4,20 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from conftest import write_sealed
 
 from docs.study import document, figures, numbers, tables
+from reporting.endpoints import p_value
 from reporting.formats import general, number, percent, signed
 from runtime.errors import UserError
 from runtime.records import fingerprint, read_json, read_sealed
 
 DOCS = document.ROOT / "docs"
 TEMPLATES = {DOCS / page: DOCS / "study" / name for page, name in document.PAGES.items()}
-# settings of the experiment and margins of its endpoints, which the text may name
-SETTINGS = {"0.2", "0.005", "0.002", "0.01"}
+# settings of the experiment, margins of its endpoints, and the λ in the middle, which the text may name
+SETTINGS = {"0.2", "0.005", "0.002", "0.01", "0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_every_number_of_the_pages_is_found_in_the_files():
     # independent of how the pages are made: every decimal is the rounding of some number of some file
     files = [read_json(path) for path in sorted((DOCS / "study").glob("*.json"))]
     values = {value for content in files for value in leaves(content)}
-    known = {shown(value).lstrip("+-") for value in values for shown in (number, percent, signed, general)} | SETTINGS
+    known = {shown(value).lstrip("+-") for value in values for shown in (number, percent, signed, general, p_value)} | SETTINGS
     pages = "".join(page.read_text(encoding="utf-8") for page in TEMPLATES)
     text = re.sub(r"`[^`\n]*`|```.*?```|\]\([^)]*\)|< 0\.001", "", pages, flags=re.S)
     quoted = re.findall(r"\d+\.\d+(?: %)?", text)
@@ -97,6 +99,34 @@ def test_the_settings_are_those_of_the_plan(committed):
     }
     one = {"predicted-score": {"cam_score"}, "bottleneck": {"target_layer"}, "unscaled": {"cam_scale"}, "passes-10": {"passes"}}
     assert changed == {name: one[name] for name in changed}
+
+
+def test_what_the_text_says_of_all_trainings_is_so(committed):
+    """Each sentence about "all ten", "every" and "none", against the numbers."""
+    detectors = ("predictive_variance", "saliency_variance", "one_minus_max_probability")
+    for seed in numbers.SEEDS:
+        run = committed[seed]
+        for part in (run["validation"], run["test"], run["targets"]["HAM10000"]["test"]):
+            assert np.all(np.diff(part["foreground_ece_by_lambda"]) < 0)  # with every step of λ
+        assert run["lambda"] == 1
+        inside = run["test"]["regions"]["foreground"]
+        confidence = {score: inside["scores"][score]["mean_confidence"] for score in detectors}
+        assert confidence["saliency_variance"] > confidence["predictive_variance"] > inside["accuracy"]
+        found = run["detectors"]["regions"]["whole_image"]
+        own = found["predictive_variance"]["raw"]
+        for other in ("one_minus_max_probability", "temperature_scaled", "flip_variance"):
+            assert found[other]["raw"]["auroc"]["value"] > own["auroc"]["value"]
+            assert other == "flip_variance" or found[other]["raw"]["brier"]["value"] < own["brier"]["value"]
+    for name in (*numbers.SEEDS, *numbers.LARGER):
+        for region in ("foreground", "predicted_foreground", "whole_image"):
+            scores = committed[name]["test"]["regions"][region]["scores"]
+            assert min(detectors, key=lambda score: scores[score]["auroc"]["value"]) == "saliency_variance"  # noqa: B023
+    for region, below_half in (("foreground", 10), ("predicted_foreground", 9), ("whole_image", 0)):
+        scores = [committed[seed]["test"]["regions"][region]["scores"] for seed in numbers.SEEDS]
+        assert sum(of["saliency_variance"]["auroc"]["value"] < 0.5 for of in scores) == below_half
+    for region in committed["pooled"]["conclusion"]["added"].values():
+        null = region["permutation_null"]
+        assert region["saliency_variance"]["by_training"][0] > null["largest"]
 
 
 def test_the_mean_is_that_of_the_ten_trainings(committed):
@@ -193,7 +223,7 @@ def test_numbers_are_collected(saved, runs):
     mean = sum(n * c for n, c in zip(table["count"], table["confidence"]) if n) / sum(table["count"])
     assert score["mean_confidence"] == pytest.approx(mean, abs=1e-5)
     assert "reliability" not in found["seed-42"]["test"]["regions"]["foreground"]["scores"]["fused"]
-    assert "interval" not in json.dumps(found["seed-42"])
+    assert set(found["seed-42"]["test"]["regions"]["foreground"]["scores"]["fused"]["ece"]) == {"value"}
 
 
 def test_larger_networks_that_are_not_at_hand_keep_their_numbers(runs):
@@ -202,6 +232,12 @@ def test_larger_networks_that_are_not_at_hand_keep_their_numbers(runs):
     shutil.rmtree(runs / "larger-43")
     numbers.collect_all(runs, docs)
     assert numbers.read_all(docs)["larger-43"] == {"kept": 1}
+
+
+def test_ablations_that_were_not_run_are_left_out(runs):
+    shutil.rmtree(runs / "unscaled")
+    numbers.collect_all(runs, runs.parent / "docs")
+    assert "unscaled" not in numbers.read_all(runs.parent / "docs")
 
 
 @pytest.mark.parametrize("name", ["passes-10/metrics.json", "pooled/seed-51/metrics.json"])

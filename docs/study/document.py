@@ -44,7 +44,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "signed_estimate": lambda entry: f"{signed(entry['value'])} ({signed_span(entry['interval'])})",
 }
 #: Of all ten trainings: how the lowest and the highest are shown.
-RANGES = {"range": number, "signed_range": signed, "short_range": general}
+RANGES = {"range": number, "signed_range": signed, "short_range": general, "percent_range": percent}
 NUMBERS_ONLY = """# The study in numbers
 
 Images: {{pooled: data_note | text}}. Width {{pooled: settings.width | count}}, {{pooled: settings.image_size | count}} pixels,

@@ -6,7 +6,8 @@
     ABLATION.json       three of them with another setting, together
     larger-SEED.json    the three larger networks of an earlier version of this program
 
-All numbers have six significant digits. A larger network whose run is not at hand keeps the file that is there.
+All numbers have six significant digits. A larger network or an ablation whose run is not at hand keeps the file that is there,
+if one is.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def collect_all(runs: Path, docs: Path) -> None:
     """Write all files of the numbers.
 
     Args:
-        runs: holds the folders pooled (of ten trainings), those of ``ABLATIONS`` (of three each), and perhaps those of
-            ``LARGER``.
+        runs: holds the folder pooled (of ten trainings), and perhaps those of ``ABLATIONS`` (of three each) and ``LARGER``.
         docs: the folder of the documentation.
 
     Raises:
@@ -58,7 +58,7 @@ def collect_all(runs: Path, docs: Path) -> None:
         POOLED: pool_of(runs / POOLED),
         TRAININGS: {seed: values_of(training) for seed, training in trainings.items()},
         FIRST: without(trainings[SEEDS[0]], ("targets",)),
-        **{name: pool_of(runs / name) for name in ABLATIONS},
+        **{name: pool_of(runs / name) for name in ABLATIONS if (runs / name).is_dir()},
         **{name: training_of(runs / name) for name in LARGER if (runs / name / "metrics.json").is_file()},
     }
     found[TRAININGS]["mean"] = mean(list(found[TRAININGS].values()))

@@ -94,6 +94,15 @@ def test_more_images_decide_where_they_are_what_is_missing():
     assert advice["images_factor"] == pytest.approx((NormalDist().inv_cdf(0.95) * 0.006 / 0.005) ** 2, rel=0.3)
 
 
+def test_what_a_correction_keeps_undecided_needs_more_than_it_has():
+    """Alone the difference would be clear; multiplied by six, its p-value is not."""
+    found = estimate(value=0.006, seed=math.nan, image=0.0025**2, trainings=1)
+    assert outcome(found, 0.005, min(1.0, 6 * found.p_value()), True) == "undecided"
+    assert needed(found, 0.005)["images_factor"] == 1.0
+    factor = needed(found, 0.005, tests=6)["images_factor"]
+    assert factor > 1 and factor == pytest.approx((t.ppf(1 - 0.05 / 12, 500) * 0.0025 / 0.006) ** 2, rel=0.25)
+
+
 def test_what_differs_between_trainings_is_counted_once():
     """Against the expected mean squares of a crossed design: pixel noise of each training is in the seed part alone."""
     rng = np.random.default_rng(2)
