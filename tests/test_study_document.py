@@ -103,6 +103,10 @@ def test_the_settings_are_those_of_the_plan(committed):
 
 def test_what_the_text_says_of_all_trainings_is_so(committed):
     """Each sentence about "all ten", "every" and "none", against the numbers."""
+    for conclusion, last in ((committed["pooled"]["conclusion"], "equivalent"),
+                             (committed["pooled"]["targets"]["HAM10000"]["conclusion"], "better")):
+        outcomes = [entry["outcome"] for entry in conclusion["endpoints"]]
+        assert outcomes == ["identical"] * 4 + ["equivalent", last]
     detectors = ("predictive_variance", "saliency_variance", "one_minus_max_probability")
     for seed in numbers.SEEDS:
         run = committed[seed]
@@ -265,5 +269,5 @@ def test_other_runs_give_pages_without_the_text_about_the_committed_ones(committ
     document.main(["--runs", str(tmp_path), "--docs", str(tmp_path), "--numbers-only"])
     text = (tmp_path / "STUDY.md").read_text(encoding="utf-8")
     assert "Width 16, 80 pixels" in text and "centre-cropped" in text and "{{" not in text
-    assert text.count("| --- |") >= len(tables.TABLES) and all(f"study/{name}.png" in text for name in ("verdict", "all_runs"))
-    assert len(list((tmp_path / "study").glob("*.png"))) == 6
+    assert text.count("| --- |") >= len(tables.TABLES) and all(f"study/{name}.png" in text for name in ("verdict", "forest"))
+    assert len(list((tmp_path / "study").glob("*.png"))) == 5

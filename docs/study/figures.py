@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import matplotlib
 import numpy as np
@@ -12,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from docs.study.numbers import ABLATIONS, EXTERNAL, FIRST, LARGER, SEEDS
-from docs.study.tables import Runs, seed_of
+from docs.study.numbers import EXTERNAL, FIRST, LARGER, SEEDS
+from docs.study.tables import Runs
 from experiment.saved_run import SavedRun
-from reporting.charts import Difference, draw_forest, forest_figure, reliability_figure, risk_coverage_figure
+from reporting.charts import forest_figure, reliability_figure, risk_coverage_figure
 from reporting.pooled_charts import MARGIN_COLOUR
 from reporting.style import STYLE, save_figure, stamped
 
@@ -84,33 +83,12 @@ def lambda_curves(runs: Runs) -> Figure:
     return stamped(figure, runs["pooled"])
 
 
-def all_runs(runs: Runs) -> Figure:
-    """The foreground ECE of fused minus predictive variance: the pools, their settings, and every training."""
-    rows = []
-    for name, words in {"pooled": f"main study, {len(SEEDS)} trainings", **ABLATIONS}.items():
-        if name in runs:
-            entry = runs[name]["conclusion"]["endpoints"][0]
-            status = "endpoint" if name == "pooled" else "exploratory"
-            rows.append(Difference("pooled", words, entry["value"], entry["interval"], status, ""))
-    for names, group in ((SEEDS, "one training"), (LARGER, "larger network")):
-        for name in names:
-            source = runs["first"] if name == SEEDS[0] else runs[name]
-            found: Mapping[str, Any] = source["test"]["foreground_ece_difference"]["fused_minus_predictive_variance"]
-            label = f"seed {seed_of(name)} (λ = {runs[name]['lambda']:g})"
-            rows.append(Difference(group, label, found["value"], found.get("interval", [None, None]), "exploratory", ""))
-    figure = Figure(figsize=(8.2, 1.4 + 0.24 * len(rows)), layout="constrained")
-    ax = draw_forest(figure.subplots(), rows)
-    ax.set_xlabel("foreground ECE, fused minus predictive variance (left: better)")
-    return stamped(figure, runs["pooled"])
-
-
 def draw_figures(runs: Runs, docs: Path) -> list[str]:
     """Draw the figures into docs/study; returns their names."""
     first = SavedRun(docs, runs[FIRST], {}, [], [])
     drawn: dict[str, Callable[[], Figure]] = {
         "verdict": lambda: verdict(runs), "lambda_curves": lambda: lambda_curves(runs),
         "reliability": lambda: reliability_figure(first), "risk_coverage": lambda: risk_coverage_figure(first),
-        "all_runs": lambda: all_runs(runs),
     }
     if LARGER[0] in runs:
         drawn["forest"] = lambda: forest_figure(SavedRun(docs, runs[LARGER[0]], {}, [], []))
