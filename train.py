@@ -34,7 +34,7 @@ from runtime.records import write_csv
 from runtime.resources import naming_shortage
 from runtime.signals import end_with_parent
 from runtime.stages import reused
-from runtime.training_state import Progress, resumable_state, save_epoch
+from runtime.training_state import BEST, STATE, Progress, resumable_state, save_epoch
 from runtime.upsampling import with_reproducible_upsampling
 
 
@@ -72,10 +72,10 @@ def train(
     After each epoch a thread writes ``weights/training_state.pth`` (all that the
     next epoch needs), ``weights/best_model.pth`` and ``training_log.csv`` into the
     folder ``results``, while the next one is trained. On return, and where an
-    error or a signal ends the training, they are written. A later call with the same ``identity`` goes on after
-    the last finished epoch; since the order, the augmentation and the dropout
-    of an epoch are seeded by (seed, epoch), the outcome is that of a run that
-    was never interrupted.
+    error or a signal ends the training, they are written. A later call with the
+    same ``identity`` goes on after the last finished epoch; since the order, the
+    augmentation and the dropout of an epoch are seeded by (seed, epoch), the
+    outcome is that of a run that was never interrupted.
 
     Several processes share each global batch of ``batch_size`` images: the
     gradient, the statistics of batch norm and the dropout masks are those of
@@ -97,12 +97,12 @@ def train(
             step), the weights are not those this run wrote, or a file cannot be
             read or written.
     """
-    best_path = results / "weights" / "best_model.pth"
+    best_path = results / BEST
     training = Training(config, pairs, train_ids, group)
     progress = Progress()
     saved = group.shared(lambda: resumable_state(results, identity))
     if saved is not None:
-        training.load_state(saved, results / "weights" / "training_state.pth")
+        training.load_state(saved, results / STATE)
         progress = Progress(**saved["progress"])
         reused("training", progress.epoch)
         if group.is_main:  # a run may have died just before it wrote this

@@ -18,6 +18,9 @@ from runtime.checkpoints import (
 from runtime.errors import UserError
 from runtime.records import write_csv
 
+#: Below the results folder: all that the next epoch needs, and the weights of the best one.
+STATE, BEST = Path("weights/training_state.pth"), Path("weights/best_model.pth")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -53,11 +56,11 @@ class Progress:
 
 def save_epoch(results: Path, state: dict[str, Any]) -> None:
     """Write what an epoch left: its state, its weights where they are the best so far, the log."""
-    weights, progress = results / "weights", state["progress"]
+    progress = state["progress"]
     # the state first: from it a lost or older best_model.pth can be made again, not the other way round
-    save_checkpoint(weights / "training_state.pth", state)
+    save_checkpoint(results / STATE, state)
     if progress["best_epoch"] == progress["epoch"]:
-        save_best(weights / "best_model.pth", state)
+        save_best(results / BEST, state)
     write_csv(results / "training_log.csv", progress["log"])
 
 
@@ -77,7 +80,7 @@ def resumable_state(results: Path, identity: str) -> dict[str, Any] | None:
         UserError: a file is damaged, or the best weights are not those that
             the state says were the best.
     """
-    state_path, best_path = results / "weights" / "training_state.pth", results / "weights" / "best_model.pth"
+    state_path, best_path = results / STATE, results / BEST
     if not state_path.exists():
         return None
     state = load_training_state(state_path)

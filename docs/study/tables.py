@@ -48,36 +48,18 @@ def seed_of(name: str) -> str:
     return name.split("-")[1]
 
 
-def _first_table(blocks: Sequence[Block], caption: str) -> Table:
-    """The first table of some blocks, with another caption."""
-    return next(block for block in blocks if isinstance(block, Table))._replace(caption=caption)
+def _pooled(draw: Callable[[Quotes], Table | list[Block]], caption: str, external: bool = False) -> Callable[[Runs], Table]:
+    """A table of the reports, of the ten trainings together, on ISIC or on the external set, with a caption of its own."""
+
+    def table(runs: Runs) -> Table:
+        drawn = draw(Quotes(runs["pooled"]["targets"][EXTERNAL] if external else runs["pooled"]))
+        first = drawn if isinstance(drawn, Table) else next(block for block in drawn if isinstance(block, Table))
+        return first._replace(caption=caption)
+
+    return table
 
 
 # ---------------------------------------------------------------- the ten trainings
-
-
-def endpoints(runs: Runs) -> Table:
-    return endpoints_table(Quotes(runs["pooled"]))._replace(
-        caption="ISIC 2018, ten trainings: fused minus predictive variance; lower is better where nothing else is said"
-    )
-
-
-def endpoints_external(runs: Runs) -> Table:
-    return endpoints_table(Quotes(runs["pooled"]["targets"][EXTERNAL]))._replace(
-        caption=f"{EXTERNAL}, the same ten trainings, nothing fitted to it"
-    )
-
-
-def controls(runs: Runs) -> Table:
-    return controls_table(Quotes(runs["pooled"]))._replace(
-        caption="Is it saliency? ISIC 2018, ten trainings: fused minus each control, with 95 % intervals"
-    )
-
-
-def controls_external(runs: Runs) -> Table:
-    return controls_table(Quotes(runs["pooled"]["targets"][EXTERNAL]))._replace(
-        caption=f"The same on {EXTERNAL}"
-    )
 
 
 def by_training(runs: Runs) -> Table:
@@ -139,21 +121,20 @@ def other_detectors(runs: Runs) -> Table:
                  ("detector", *exploratory.MEASURES.values()), rows)
 
 
-def added(runs: Runs) -> Table:
-    return _first_table(exploratory.added(Quotes(runs["pooled"])),
-                        "What each variance adds to a model of errors, ten trainings; higher is better")
-
-
-def recalibrated(runs: Runs) -> Table:
-    return _first_table(
-        exploratory.recalibrated(Quotes(runs["pooled"])),
-        f"Fused minus predictive variance after isotonic recalibration, ten trainings; lower is better; {EXPLORATORY}",
-    )
-
-
-def ensemble(runs: Runs) -> Table:
-    return _first_table(exploratory.ensemble(Quotes(runs["pooled"])),
-                        f"The mean prediction of the ten trainings, whole images; {EXPLORATORY}")
+POOLED_TABLES = {
+    "endpoints": _pooled(
+        endpoints_table, "ISIC 2018, ten trainings: fused minus predictive variance; lower is better where nothing else is said"),
+    "endpoints_external": _pooled(endpoints_table, f"{EXTERNAL}, the same ten trainings, nothing fitted to it", external=True),
+    "controls": _pooled(
+        controls_table, "Is it saliency? ISIC 2018, ten trainings: fused minus each control, with 95 % intervals"),
+    "controls_external": _pooled(controls_table, f"Fused minus each control on {EXTERNAL}, with 95 % intervals", external=True),
+    "added": _pooled(
+        exploratory.added, "What each variance adds to a model of errors, ten trainings; higher is better"),
+    "recalibrated": _pooled(
+        exploratory.recalibrated,
+        f"Fused minus predictive variance after isotonic recalibration, ten trainings; lower is better; {EXPLORATORY}"),
+    "ensemble": _pooled(exploratory.ensemble, f"The mean prediction of the ten trainings, whole images; {EXPLORATORY}"),
+}
 
 
 # ---------------------------------------------------------------- other settings, a larger network
@@ -296,9 +277,9 @@ def scales(runs: Runs) -> Table:
     return Table("What sets the min-max scales on validation", header, rows)
 
 
-TABLES: dict[str, Callable[[Runs], Table]] = {function.__name__: function for function in (
-    endpoints, endpoints_external, controls, controls_external, by_training, differences_by_training, gaps, detectors,
-    other_detectors, added, recalibrated, ensemble, ablations, larger, segmentation, calibration, rules, trees, logistic, scales,
-)}
+TABLES: dict[str, Callable[[Runs], Table]] = {**POOLED_TABLES, **{function.__name__: function for function in (
+    by_training, differences_by_training, gaps, detectors, other_detectors, ablations, larger, segmentation, calibration, rules,
+    trees, logistic, scales,
+)}}
 #: Those that need the larger networks.
 OF_LARGER = ("larger", "segmentation", "calibration", "rules", "trees", "logistic", "scales")

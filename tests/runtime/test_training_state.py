@@ -8,13 +8,13 @@ import torch
 from model import UNet
 from runtime.checkpoints import load_checkpoint, load_model, save_checkpoint, weights_fingerprint
 from runtime.errors import UserError
-from runtime.training_state import Progress, resumable_state, save_best
+from runtime.training_state import BEST, STATE, Progress, resumable_state, save_best
 
 CPU = torch.device("cpu")
 
 
 def paths(results):
-    return results / "weights" / "training_state.pth", results / "weights" / "best_model.pth"
+    return results / STATE, results / BEST
 
 
 def _state(epoch, best_epoch, model, identity="identity", **fields):
