@@ -210,7 +210,7 @@ def precision_of(name: str) -> str:
 
 
 def seconds(run: Variant, device: torch.device) -> tuple[float, float]:
-    """Wall time and processor time of one call."""
+    """Wall time and CPU time of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -401,7 +401,7 @@ def main() -> None:
                 rates.append(convolution_peak(precision, device))
             first = next(iter(chosen))
             ratios = ", ".join(f"{name} {cpu[first][i] / max(cpu[name][i], 1e-9):.2f}" for name in chosen)
-            print(f"round {i + 1} of {options.rounds}, by processor time: {ratios}", file=sys.stderr, flush=True)
+            print(f"round {i + 1} of {options.rounds}, by CPU time: {ratios}", file=sys.stderr, flush=True)
 
     result = {
         "width": options.width, "size": options.size, "passes": options.passes, "threads": options.threads,
@@ -415,7 +415,7 @@ def main() -> None:
           f"{options.threads} thread(s), {result['hardware']}; torch {torch.__version__}; "
           f"medians of {options.rounds}, in brackets smallest and largest")
     print("| variant, precision | time, of the first | " + " | ".join(f"times as fast as {loop}" for loop in loops)
-          + " | processor time, times | memory, MiB | multiply-adds an image, 10^9 | of the peak |")
+          + " | CPU time, times | memory, MiB | multiply-adds an image, 10^9 | of the peak |")
     print("|" + " --- |" * (6 + len(loops)))
     for name, run in chosen.items():
         times, reference = wall[name], median(wall[base])
